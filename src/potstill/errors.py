@@ -1,0 +1,74 @@
+"""What can go wrong, and what it is called. Every message names the recipe key, what was got, what is needed, what to do.
+
+    PotstillError
+    ├── RecipeError (ValueError)            the recipe cannot be read or asks for the impossible
+    ├── DataError (ValueError)              the user's rows cannot be used
+    ├── ModelError (ValueError)             a model or tokenizer cannot be loaded or does not fit
+    │   └── VocabularyMismatch              teacher and student do not number the same tokens alike
+    ├── SampleError (OSError)               a sample could not be fetched, or is not what its hash says
+    ├── RunError (RuntimeError)             the run folder is locked, unwritable, full or damaged
+    │   └── CheckpointError                 no checkpoint of this run is whole
+    ├── NonFiniteError (ArithmeticError)    a loss or gradient is not a number
+    ├── MissingExtra (ImportError)          an optional package is needed; names the extra
+    └── Interrupted (RuntimeError)          asked to stop; state is saved and the same command continues
+
+Refuses: anything but exceptions. Nothing here imports from the project.
+"""
+
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "Interrupted",
+    "MissingExtra",
+    "ModelError",
+    "NonFiniteError",
+    "PotstillError",
+    "RecipeError",
+    "RunError",
+    "SampleError",
+    "VocabularyMismatch",
+]
+
+
+class PotstillError(Exception):
+    """Root of all errors that potstill raises on purpose."""
+
+
+class RecipeError(PotstillError, ValueError):
+    """The recipe cannot be read, or asks for something impossible."""
+
+
+class DataError(PotstillError, ValueError):
+    """The data is missing, empty or unusable."""
+
+
+class ModelError(PotstillError, ValueError):
+    """A model or tokenizer cannot be loaded, or does not fit the recipe."""
+
+
+class VocabularyMismatch(ModelError):
+    """Teacher and student do not give the same number to the same token."""
+
+
+class SampleError(PotstillError, OSError):
+    """A sample could not be fetched, or its bytes are not those that were pinned."""
+
+
+class RunError(PotstillError, RuntimeError):
+    """The run folder is locked by another process, unwritable, full or damaged."""
+
+
+class CheckpointError(RunError):
+    """No checkpoint of this run can be read back whole."""
+
+
+class NonFiniteError(PotstillError, ArithmeticError):
+    """A loss or a gradient became NaN or infinite."""
+
+
+class MissingExtra(PotstillError, ImportError):
+    """An optional package is needed; the message names the extra to install."""
+
+
+class Interrupted(PotstillError, RuntimeError):
+    """The run was asked to stop. Its state is saved; the same command continues."""

@@ -1,0 +1,7 @@
+"""How good: the same questions to every arm, with intervals over documents. Refuses to load or train anything."""
+
+from potstill.evaluation.bootstrap import Resampling
+from potstill.evaluation.quality import DocumentScores, compare_arms, score_arm
+from potstill.evaluation.speed import Speed, measure_speed
+
+__all__ = ["DocumentScores", "Resampling", "Speed", "compare_arms", "measure_speed", "score_arm"]

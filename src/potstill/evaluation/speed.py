@@ -1,0 +1,65 @@
+"""How fast and how large: prefill and decode of one arm, measured the same way for all.
+
+Refuses to quote a single run: medians of several, after a warm-up.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from potstill.types import Batch, Engine, Measurement, Sampling, Wants
+
+__all__ = ["Speed", "measure_speed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Medians over `n` runs with the smallest and largest: (median, low, high) tokens/s."""
+
+    prefill: tuple[float, float, float]
+    decode: tuple[float, float, float]
+    n: int
+
+    def measurements(self, arm: str) -> list[Measurement]:
+        """As rows of measurements.json; low and high are the range seen, not an interval."""
+        pairs = (("prefill_tokens_per_s", self.prefill), ("decode_tokens_per_s", self.decode))
+        return [Measurement(arm, name, "test", *values, self.n, "tokens/s") for name, values in pairs]
+
+
+def measure_speed(
+    engine: Engine,
+    batch: Batch,
+    prompts: Sequence[str],
+    *,
+    count: Callable[[str], int],
+    new_tokens: int = 32,
+    runs: int = 3,
+) -> Speed:
+    """Prefill: reading `batch` up to its final states. Decode: `new_tokens` greedy tokens for all prompts at once.
+
+    `count` gives the number of tokens of a text; a completion that ends early counts as what it has.
+    """
+    tokens = int((batch.segments_BT > 0).sum())
+    prefill = _rates(lambda: (engine.read(batch, Wants(final=True)), tokens)[1], runs)
+    sampling = Sampling(max_new_tokens=new_tokens)
+    decode = _rates(lambda: sum(count(text) for text in engine.generate(prompts, sampling)), runs)
+    return Speed(prefill, decode, runs)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _rates(work: Callable[[], int], runs: int) -> tuple[float, float, float]:
+    work()
+    rates = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        tokens = work()
+        rates.append(tokens / (time.perf_counter() - began))
+    return statistics.median(rates), min(rates), max(rates)

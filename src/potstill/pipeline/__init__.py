@@ -1,0 +1,1 @@
+"""The hallway: turns a recipe into parts and walks the stages. Refuses: mathematics of its own."""

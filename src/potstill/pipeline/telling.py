@@ -1,0 +1,121 @@
+"""The report stage: gathers what the run folder knows into a story, and has it told as a page and a model card.
+
+Refuses to compute: what was not measured is absent.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from potstill.pipeline.disk import read_json
+from potstill.pipeline.metrics import read_metrics
+from potstill.pipeline.rundir import RunDir, Stage
+from potstill.recipes import Recipe, dump_recipe
+from potstill.recipes.schema import FreshStudent, LayersStudent
+from potstill.report import CurvePoint, DataFacts, Sample, StageCost, Story, write_card, write_report
+from potstill.types import Measurement
+
+__all__ = ["report", "tell"]
+
+ARM_STAGES = {"student": "train", "control": "control"}
+VALIDATION_NAMES = {"validation_forward_kl": "kl_to_teacher", "validation_cross_entropy": "nll"}
+PROGRESS_KEYS = {"step", "tokens", "seconds", "loss", "gradient_norm", "learning_rate"}
+
+
+def report(recipe: Recipe, stage: Stage, folder: Path) -> None:
+    """Write the page into the stage's folder and the model card into the student's."""
+    story = tell(recipe, folder)
+    write_report(story, stage.folder)
+    write_card(story, folder / "train" / "student")
+    stage.finish(page=str(stage.folder / "index.html"))
+
+
+def tell(recipe: Recipe, folder: Path) -> Story:
+    """The story of a run whose evaluation is finished."""
+    run = RunDir(folder)
+    measurements: Any = read_json(folder / "evaluate" / "measurements.json")
+    samples: Any = read_json(folder / "evaluate" / "samples.json")
+    stages = [name for name in ("prepare", "initialise", "train", "control", "evaluate") if (folder / name).exists()]
+    if not recipe.control.enabled and "control" in stages:
+        stages.remove("control")
+    manifests = {name: run.manifest(name) for name in stages}
+    arms = {arm: name for arm, name in ARM_STAGES.items() if name in stages}
+    return Story(
+        title=recipe.report.title or recipe.name,
+        description=recipe.description,
+        teacher=recipe.teacher.model,
+        student=_student_name(recipe, manifests["initialise"].facts),
+        student_origin=_origin(recipe, manifests["initialise"].facts),
+        objective=" + ".join(_term(term.model_dump()) for term in recipe.losses),
+        recipe=dump_recipe(recipe),
+        has_control=recipe.control.enabled,
+        measurements=tuple(Measurement(**row) for row in measurements),
+        curves={arm: tuple(map(_point, read_metrics(folder / name / "metrics.jsonl"))) for arm, name in arms.items()},
+        samples=tuple(Sample(row["prompt"], row["reference"], row["completions"]) for row in samples),
+        stages=tuple(StageCost(n, m.wall_s, m.peak_rss_bytes / 1e9) for n, m in manifests.items()),
+        data=_data(recipe, manifests["prepare"].facts, manifests["prepare"].fingerprint),
+        versions=manifests["evaluate"].versions,
+        machine=_machine(),
+        notes=_notes(manifests["prepare"].facts, manifests["initialise"].facts),
+        base_model=recipe.teacher.model if re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.teacher.model) else None,
+    )
+
+
+def _student_name(recipe: Recipe, facts: dict[str, Any]) -> str:
+    if isinstance(recipe.student, LayersStudent):
+        return f"{len(facts['layers'])}-layer student"
+    return "freshly made student" if isinstance(recipe.student, FreshStudent) else f"student {recipe.student.model}"
+
+
+def _origin(recipe: Recipe, facts: dict[str, Any]) -> str:
+    if isinstance(recipe.student, LayersStudent):
+        rule = recipe.student.keep if isinstance(recipe.student.keep, str) else "listed"
+        kept = ", ".join(map(str, facts["layers"]))
+        return f"Cut from the teacher: layers {kept} ({rule} choice), with its embeddings, final norm and head."
+    if isinstance(recipe.student, FreshStudent):
+        return "The teacher's architecture with other sizes and random weights."
+    return f"Pretrained: {recipe.student.model}."
+
+
+def _term(term: dict[str, Any]) -> str:
+    weight = "" if term["weight"] == 1.0 else f"{term['weight']:g} "
+    if "temperature" not in term:
+        return f"{weight}{term['kind']}"
+    squared = ", times T^2" if term["times_temperature_squared"] and term["temperature"] != 1.0 else ""
+    return f"{weight}{term['kind']} (T = {term['temperature']:g}{squared})"
+
+
+def _point(line: dict[str, Any]) -> CurvePoint:
+    validation = {VALIDATION_NAMES[key]: value for key, value in line.items() if key in VALIDATION_NAMES}
+    terms = {key: value for key, value in line.items() if key not in PROGRESS_KEYS and key not in VALIDATION_NAMES}
+    return CurvePoint(line["step"], line["tokens"], line["seconds"], line["loss"], terms, validation)
+
+
+def _data(recipe: Recipe, facts: dict[str, Any], fingerprint: str) -> DataFacts:
+    return DataFacts(
+        source=recipe.data.source,
+        documents=facts["documents"],
+        tokens=facts["tokens"],
+        rows=facts["rows"],
+        cleaning=facts["cleaning"],
+        fingerprint=fingerprint,
+    )
+
+
+def _notes(prepared: dict[str, Any], initial: dict[str, Any]) -> tuple[str, ...]:
+    notes = [f"{count} rows {what}" for what, count in prepared["cleaning"].items() if not what.startswith("kept")]
+    untried = sum(1 for _, value in initial.get("removed", []) if value is None)
+    if untried:
+        notes.append(f"{untried} layers were removed untried: student.search.minutes was too short to judge them")
+    return tuple(notes)
+
+
+def _machine() -> str:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, {', '.join(gpus) or 'no GPU'}"

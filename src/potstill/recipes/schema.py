@@ -1,0 +1,356 @@
+"""What a recipe may say: frozen models, one per kind, unknown keys refused.
+
+Importing this module must stay cheap: no torch, no transformers. Refuses: class paths, secrets, free-form dictionaries.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "CausalConfig",
+    "ConstantSchedule",
+    "Control",
+    "CosineSchedule",
+    "CrossEntropy",
+    "Data",
+    "Evaluation",
+    "ForwardKL",
+    "FreshStudent",
+    "HiddenCosine",
+    "HiddenMSE",
+    "LayersStudent",
+    "LocalTeacher",
+    "LossTerm",
+    "PretrainedStudent",
+    "Recipe",
+    "Report",
+    "ReverseKL",
+    "Search",
+    "Splits",
+    "Student",
+    "Training",
+    "WSDSchedule",
+]
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Precision = Literal["bf16", "fp32"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Splits(_Part):
+    """Shares of the documents that are held out. The rest is for training."""
+
+    validation: Fraction = 0.02
+    """Share of documents for validation: layer search and loss curves."""
+    test: Fraction = 0.03
+    """Share of documents for the final evaluation. Nothing else ever sees them."""
+
+
+class Data(_Part):
+    """Where the words come from and how they are packed."""
+
+    source: str
+    """A file (.jsonl, .parquet, .csv, .txt), a folder of such files, a Hugging Face `datasets` id, or `sample:NAME`."""
+    split: str = "train"
+    """Split to read, for a Hugging Face id."""
+    format: Literal["auto", "jsonl", "parquet", "csv", "text"] = "auto"
+    """File format; `auto` goes by the ending."""
+    text: str = "text"
+    """Name of the column that holds plain text."""
+    messages: str = "messages"
+    """Name of the column that holds chat messages; used where a row has it."""
+    max_documents: Count | None = None
+    """Read at most so many documents."""
+    sequence_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens a packed row holds."""
+    splits: Splits = Splits()
+
+
+class LocalTeacher(_Part):
+    """A Hugging Face causal language model in this process."""
+
+    kind: Literal["local"]
+    model: str
+    """A hub id, a folder, a .gguf file, or `sample:NAME`."""
+    dtype: Precision = "bf16"
+    """Weights and arithmetic of the teacher."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
+
+
+class Search(_Part):
+    """Budget of the greedy layer search."""
+
+    rows: Count = 4
+    """Held-out rows on which the teacher-student KL is measured."""
+    minutes: Positive = 5.0
+    """When the time is up, the remaining layers are chosen by block influence."""
+    shortlist: Count = 8
+    """Candidates tried a round: those whose removal changes their input least (1 - cosine)."""
+
+
+class LayersStudent(_Part):
+    """Some of the teacher's layers, with its embeddings, final norm and head."""
+
+    kind: Literal["layers"]
+    keep: Literal["greedy", "even"] | list[Annotated[int, Field(ge=0)]] = "greedy"
+    """0-based layer numbers, or `even`, or `greedy` (remove one by one the layer whose loss hurts least)."""
+    count: Count | None = None
+    """How many layers stay; needed for `greedy` and `even`."""
+    search: Search = Search()
+
+    @model_validator(mode="after")
+    def _count_goes_with_rule(self) -> LayersStudent:
+        if isinstance(self.keep, str) and self.count is None:
+            raise ValueError(f"keep: {self.keep} needs count, the number of layers to keep, for example `count: 15`")
+        if not isinstance(self.keep, str):
+            if not self.keep:
+                raise ValueError("keep: an empty list keeps no layer; name at least one")
+            if sorted(set(self.keep)) != list(self.keep):
+                raise ValueError(f"keep: {self.keep} must be ascending, each layer once; sort it")
+            if self.count is not None and self.count != len(self.keep):
+                raise ValueError(f"count: {self.count} but keep lists {len(self.keep)} layers; leave count out")
+        return self
+
+
+class PretrainedStudent(_Part):
+    """Any pretrained causal language model with the teacher's vocabulary."""
+
+    kind: Literal["model"]
+    model: str
+    """A hub id, a folder, a .gguf file, or `sample:NAME`."""
+
+
+class CausalConfig(_Part):
+    """Sizes of a fresh student; whatever is not named is taken from the teacher's config."""
+
+    num_hidden_layers: Count | None = None
+    hidden_size: Count | None = None
+    intermediate_size: Count | None = None
+    num_attention_heads: Count | None = None
+    num_key_value_heads: Count | None = None
+    tie_word_embeddings: bool | None = None
+
+
+class FreshStudent(_Part):
+    """A student of the teacher's architecture with other sizes and random weights."""
+
+    kind: Literal["config"]
+    config: CausalConfig = CausalConfig()
+
+
+Student = Annotated[LayersStudent | PretrainedStudent | FreshStudent, Field(discriminator="kind")]
+
+
+class _Term(_Part):
+    weight: Positive = 1.0
+    """Factor of this term in the sum of losses."""
+
+
+class _SoftTerm(_Term):
+    temperature: Positive = 1.0
+    """Distillation temperature: both distributions are softened by it."""
+    times_temperature_squared: bool = True
+    """Multiply by T^2, which keeps the gradient's size when terms are mixed (Hinton et al. 2015, section 2.1)."""
+
+
+class ForwardKL(_SoftTerm):
+    """KL(teacher || student): cover all that the teacher might say."""
+
+    kind: Literal["forward_kl"]
+
+
+class ReverseKL(_SoftTerm):
+    """KL(student || teacher): say only what the teacher would."""
+
+    kind: Literal["reverse_kl"]
+
+
+class CrossEntropy(_Term):
+    """Hard labels: -log q(next token) at temperature 1."""
+
+    kind: Literal["cross_entropy"]
+
+
+class _LayerTerm(_Term):
+    layers: dict[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | Literal["even", "last"] = "last"
+    """{student layer: teacher layer}, 0 being the embeddings' output and i the output of block i. `even` spreads all
+    student layers over the teacher's; `last` matches the last ones."""
+
+
+class HiddenMSE(_LayerTerm):
+    """Mean squared difference of hidden states. Widths that differ get a learned projection, dropped at the end."""
+
+    kind: Literal["hidden_mse"]
+
+
+class HiddenCosine(_LayerTerm):
+    """1 - cosine of hidden states. Widths that differ get a learned projection, dropped at the end."""
+
+    kind: Literal["hidden_cosine"]
+
+
+LossTerm = Annotated[ForwardKL | ReverseKL | CrossEntropy | HiddenMSE | HiddenCosine, Field(discriminator="kind")]
+
+
+class _Schedule(_Part):
+    warmup: Fraction = 0.05
+    """Share of the steps over which the learning rate rises linearly from 0."""
+
+
+class CosineSchedule(_Schedule):
+    """Half a cosine from the peak down to `final` times the peak."""
+
+    kind: Literal["cosine"] = "cosine"
+    final: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+
+
+class ConstantSchedule(_Schedule):
+    """Warm up, then stay."""
+
+    kind: Literal["constant"]
+
+
+class WSDSchedule(_Schedule):
+    """Warm-up, stable, decay: linear decay to `final` times the peak over the last `decay` share of the steps."""
+
+    kind: Literal["wsd"]
+    decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    final: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> WSDSchedule:
+        if self.warmup + self.decay > 1.0:
+            raise ValueError(f"warmup {self.warmup} + decay {self.decay} exceed 1, the whole run; lower one of them")
+        return self
+
+
+Schedule = Annotated[CosineSchedule | ConstantSchedule | WSDSchedule, Field(discriminator="kind")]
+
+
+class Checkpoints(_Part):
+    """When the training state is saved, so that nothing is lost."""
+
+    every_minutes: Positive | None = 5.0
+    every_steps: Count | None = None
+    keep: Count = 2
+    """Older ones are deleted. With 2, a damaged newest one costs one interval, not the run."""
+
+
+class Training(_Part):
+    """One optimiser, one schedule, one loop. Give exactly one of tokens, steps, epochs."""
+
+    tokens: Positive | None = None
+    """Stop after so many packed positions (a batch has rows x sequence_length of them). 3e12 is a number here."""
+    steps: Count | None = None
+    epochs: Positive | None = None
+    batch_rows: Count = 8
+    """Packed rows per optimiser step, over all devices."""
+    micro_batch_rows: Count | None = None
+    """Rows that go through the model at once; the rest accumulates. Default: batch_rows."""
+    learning_rate: Positive = 5e-4
+    schedule: Schedule = CosineSchedule()
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """Of matrices only; norms and biases are not decayed."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    clip_norm: Positive | None = 1.0
+    """Largest global gradient norm; null switches clipping off."""
+    precision: Precision = "bf16"
+    """bf16: autocast over fp32 master weights. fp32: everything in fp32."""
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    """Compile the student's layers (torch.compile): a slower start, faster steps."""
+    device: str = "auto"
+    validate_every: Count | None = None
+    """Steps between validation losses; default: about ten times in the run."""
+    validation_rows: Count = 8
+    checkpoint: Checkpoints = Checkpoints()
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Beside metrics.jsonl, which is always written."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        given = [name for name in ("tokens", "steps", "epochs") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"needs exactly one of tokens, steps, epochs; got {', '.join(given) or 'none'}")
+        if self.micro_batch_rows is not None and self.batch_rows % self.micro_batch_rows:
+            raise ValueError(
+                f"micro_batch_rows: {self.micro_batch_rows} must divide batch_rows: {self.batch_rows}; "
+                f"try {max(d for d in range(1, self.micro_batch_rows + 1) if self.batch_rows % d == 0)}"
+            )
+        return self
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of one micro-batch."""
+        return self.micro_batch_rows or self.batch_rows
+
+
+class Control(_Part):
+    """The arm that every claim is held against: same initial student, same batches, hard labels only."""
+
+    enabled: bool = True
+    """Without it the report says in its first line that the gain from distillation is unknown."""
+
+
+class Evaluation(_Part):
+    """Questions to teacher, untrained student, control and student alike."""
+
+    max_rows: Count | None = 128
+    """Packed held-out rows to score; null for all."""
+    batch_rows: Count = 8
+    resamples: Annotated[int, Field(ge=100)] = 2000
+    """Bootstrap resamples over documents."""
+    sample_prompts: Annotated[int, Field(ge=0)] = 4
+    """Held-out documents whose beginnings every arm continues greedily, side by side in the report."""
+    sample_tokens: Count = 48
+    speed: bool = True
+    """Measure prefill and decode tokens/s of every arm."""
+
+
+class Report(_Part):
+    """The page."""
+
+    title: str | None = None
+
+
+class Recipe(_Part):
+    """One distillation, from words to report."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run; letters, digits, dot, dash, underscore."""
+    description: str = ""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    run_dir: Path | None = None
+    """Where the run lives. Default: runs/NAME."""
+    data: Data
+    teacher: LocalTeacher
+    student: Student
+    losses: Annotated[list[LossTerm], Field(min_length=1)]
+    training: Training
+    control: Control = Control()
+    evaluation: Evaluation = Evaluation()
+    report: Report = Report()
+
+    @model_validator(mode="after")
+    def _terms_are_distinct(self) -> Recipe:
+        kinds = [term.kind for term in self.losses]
+        for index, kind in enumerate(kinds):
+            if kind in kinds[:index]:
+                raise ValueError(f"losses[{index}].kind: {kind} is there twice; merge the two terms into one weight")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.run_dir if self.run_dir is not None else Path("runs") / self.name

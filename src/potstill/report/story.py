@@ -1,0 +1,111 @@
+"""What the page tells: everything that a finished run knows about itself, as plain frozen records.
+
+The hallway fills a `Story` from the run folder. Refuses: reading files, and guessing what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from potstill.types import Measurement
+
+__all__ = ["ARMS", "CurvePoint", "DataFacts", "Sample", "StageCost", "Story", "find"]
+
+ARMS = ("teacher", "untrained", "control", "student")
+"""Who is asked the same questions, in the order of every table and picture."""
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """One line of an arm's training log.
+
+    tokens      supervised tokens seen since the start of the training
+    seconds     wall time since the start of the training
+    loss        the arm's own weighted objective at this step; None on a line that only validates
+    terms       {loss kind: value}, unweighted
+    validation  {name: value} on the validation split; empty on most lines
+    """
+
+    step: int
+    tokens: int
+    seconds: float
+    loss: float | None = None
+    terms: Mapping[str, float] = field(default_factory=dict)
+    validation: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A held-out document's beginning, how it really went on, and each arm's greedy continuation: {arm: text}."""
+
+    prompt: str
+    reference: str
+    completions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """Wall time and peak resident memory (GB = 10^9 bytes; None where it was not recorded) of one stage."""
+
+    stage: str
+    seconds: float
+    peak_gb: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DataFacts:
+    """Where the words came from. documents, tokens, rows: {split: count}; cleaning: {what happened: count}."""
+
+    source: str
+    documents: Mapping[str, int] = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    rows: Mapping[str, int] = field(default_factory=dict)
+    cleaning: Mapping[str, int] = field(default_factory=dict)
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """One run, ready to be told.
+
+    title           the page's name
+    teacher         the teacher's id or folder, as the recipe has it
+    student         noun phrase that can follow "The", for example "15-layer student"
+    student_origin  one sentence: how the student was made before training; empty where there is nothing to say
+    objective       the losses in one line, for example "forward_kl (T = 2) + 0.1 cross_entropy"
+    recipe          the resolved recipe as YAML
+    has_control     whether the run trained the control arm
+    versions        {package: version}
+    machine         one line of text
+    notes           counted warnings, for example "3 rows unusable: empty text"
+    base_model      the teacher's id on the Hugging Face hub, when it has one
+    license         the student's licence identifier, when known
+    """
+
+    title: str
+    teacher: str
+    student: str
+    recipe: str
+    has_control: bool
+    measurements: tuple[Measurement, ...]
+    description: str = ""
+    student_origin: str = ""
+    objective: str = ""
+    curves: Mapping[str, tuple[CurvePoint, ...]] = field(default_factory=dict)
+    samples: tuple[Sample, ...] = ()
+    stages: tuple[StageCost, ...] = ()
+    data: DataFacts | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    machine: str = ""
+    notes: tuple[str, ...] = ()
+    base_model: str | None = None
+    license: str | None = None
+
+
+def find(story: Story, arm: str, name: str) -> Measurement | None:
+    """The measurement `name` of `arm` on the test slice, or None when nobody measured it."""
+    for measurement in story.measurements:
+        if (measurement.arm, measurement.name, measurement.slice) == (arm, name, "test"):
+            return measurement
+    return None

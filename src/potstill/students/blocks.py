@@ -1,0 +1,74 @@
+"""A decoder's stack of blocks: find it, and run the model with other blocks in its place for a while.
+
+Refuses models whose stack is not one list of `num_hidden_layers` modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from potstill.errors import ModelError
+
+__all__ = ["Given", "find_blocks", "replaced_blocks"]
+
+
+def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
+    """The name (from the model's root) and the list of the decoder's blocks. Raises ModelError where there is none."""
+    depth = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth and "." in name:
+            return name, module
+    raise ModelError(
+        f"student.kind=layers: {type(model).__name__} has no single list of {depth} blocks to cut from. "
+        "Use student.kind=model or student.kind=config."
+    )
+
+
+class Given(nn.Module):
+    """A block that says what was computed before, whatever it is asked. Otherwise looks like the block it stands for."""
+
+    def __init__(self, hidden_BTD: Tensor, like: nn.Module) -> None:
+        super().__init__()
+        self.hidden_BTD = hidden_BTD
+        object.__setattr__(self, "_like", like)
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes that models read from their blocks, such as `attention_type`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_like"), name)
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        """The given hidden states."""
+        return self.hidden_BTD
+
+
+@contextmanager
+def replaced_blocks(model: Any, blocks: Sequence[nn.Module], kinds: Sequence[int]) -> Iterator[None]:
+    """Run `model` with these blocks instead of its own. `kinds[i]` is the original layer whose type block i has.
+
+    Configs that list a type per layer (sliding or full attention) are cut alike, since models read them by position.
+    """
+    name, original = find_blocks(model)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    attribute = name.rpartition(".")[2]
+    config = model.config.get_text_config()
+    before = {key: getattr(config, key, None) for key in ("num_hidden_layers", "layer_types")}
+    setattr(parent, attribute, nn.ModuleList(blocks))
+    try:
+        _set(config, len(blocks), before["layer_types"] and [before["layer_types"][kind] for kind in kinds])
+        yield
+    finally:
+        setattr(parent, attribute, original)
+        _set(config, before["num_hidden_layers"], before["layer_types"])
+
+
+def _set(config: Any, depth: int, layer_types: list[str] | None) -> None:
+    config.num_hidden_layers = depth
+    if layer_types is not None:
+        config.layer_types = layer_types

@@ -1,0 +1,17 @@
+"""Learning: one loop over lessons from one source. Refuses to build models, losses or teachers: it is handed them."""
+
+from potstill.training.checkpoint import CheckpointStore
+from potstill.training.loop import Callbacks, Plan, Training, train
+from potstill.training.schedule import learning_rate_factor
+from potstill.training.sources import RowSource, Rows
+
+__all__ = [
+    "Callbacks",
+    "CheckpointStore",
+    "Plan",
+    "RowSource",
+    "Rows",
+    "Training",
+    "learning_rate_factor",
+    "train",
+]

@@ -1,0 +1,80 @@
+"""Where lessons come from. For now: packed rows in a seeded order, with a teacher asked as they come, or with none.
+
+Refuses to remember anything but a position: the order is a function of seed and epoch, so resuming is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from potstill.types import Batch, Lesson, Reader, Signal, Wants
+
+__all__ = ["RowSource", "Rows"]
+
+
+class Rows(Protocol):
+    """Packed rows by number."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, row_numbers: Sequence[int]) -> Batch:
+        """These rows as a batch."""
+        ...
+
+
+class RowSource:
+    """Rows in a fresh seeded order each epoch, `batch_rows` a step over all ranks, `rows_at_once` a micro-batch.
+
+    With a teacher the lessons are online ones; without, their signals are empty (hard labels).
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        seed: int,
+        batch_rows: int,
+        rows_at_once: int,
+        teacher: Reader | None = None,
+        wants: Wants | None = None,
+        rank: tuple[int, int] = (0, 1),
+    ) -> None:
+        """`rank` is (this process, number of processes)."""
+        self._rows, self._seed = rows, seed
+        self._batch_rows, self._rows_at_once = batch_rows, rows_at_once
+        self._teacher, self._wants = teacher, wants or Wants()
+        self._rank, self._drawn = rank, 0
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+
+    def draw(self) -> list[Batch]:
+        """The micro-batches of the next optimiser step, this rank's share of them."""
+        numbers = [self._number(i) for i in range(self._drawn, self._drawn + self._batch_rows)]
+        self._drawn += self._batch_rows
+        mine = numbers[self._rank[0] :: self._rank[1]]
+        starts = range(0, len(mine), self._rows_at_once)
+        return [self._rows.batch(mine[start : start + self._rows_at_once]) for start in starts]
+
+    def lesson(self, batch: Batch) -> Lesson:
+        """The batch with what the teacher says of it."""
+        return Lesson(batch, self._teacher.read(batch, self._wants) if self._teacher else Signal())
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many rows were drawn, and from how many: another data set is not continued silently."""
+        return {"drawn": self._drawn, "rows": len(self._rows)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the rows drawn. Raises ValueError when the state is of other data."""
+        if state["rows"] != len(self._rows):
+            raise ValueError(f"the state is of {state['rows']} rows, these are {len(self._rows)}")
+        self._drawn = state["drawn"]
+
+    def _number(self, index: int) -> int:
+        """Row number of the index-th row ever drawn."""
+        epoch, place = divmod(index, len(self._rows))
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            self._epoch, self._order = epoch, torch.randperm(len(self._rows), generator=generator)
+        return int(self._order[place])
