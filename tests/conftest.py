@@ -107,3 +107,27 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = ({"id": f"doc-{index}", "text": write_document(index)} for index in range(200))
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path: Path, tiny_llama: Path, tiny_corpus: Path) -> Path:
+    """File of a recipe on the tiny model and corpus that runs in a second or two, into `tmp_path / "run"`."""
+    recipe = {
+        "name": "tiny",
+        "run_dir": str(tmp_path / "run"),
+        "data": {"source": str(tiny_corpus), "sequence_length": 32, "splits": {"validation": 0.1, "test": 0.1}},
+        "teacher": {"kind": "local", "model": str(tiny_llama), "dtype": "fp32"},
+        "student": {"kind": "layers", "keep": "even", "count": 2},
+        "losses": [{"kind": "forward_kl"}],
+        "training": {
+            "steps": 20,
+            "batch_rows": 4,
+            "precision": "fp32",
+            "learning_rate": 1e-2,
+            "checkpoint": {"every_steps": 4},
+        },
+        "evaluation": {"max_rows": 8, "resamples": 100, "sample_prompts": 2, "sample_tokens": 4, "speed": False},
+    }
+    file = tmp_path / "tiny.yaml"
+    file.write_text(json.dumps(recipe), encoding="utf-8")
+    return file

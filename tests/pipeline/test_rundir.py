@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from potstill.errors import RunError
 from potstill.pipeline import disk, rundir
 from potstill.pipeline.disk import check_disk, read_json, replace_folder, write_json_atomic, write_text_atomic
-from potstill.pipeline.rundir import RunDir, open_run, peak_memory_bytes, reset_peak_memory
+from potstill.pipeline.memory import peak_memory_bytes, reset_peak_memory
+from potstill.pipeline.rundir import RunDir, open_run
 
 RECIPE = "name: toy\n"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

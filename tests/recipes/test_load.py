@@ -166,7 +166,7 @@ def test_set_reaches_into_lists(tmp_path: Path, key: str) -> None:
 
 def test_set_makes_absent_mappings_of_the_default_kind(tmp_path: Path) -> None:
     recipe = read(tmp_path, BASE, "training.schedule.final=0.3", "data.splits.test=0.1", "report.title=A b")
-    assert recipe.training.schedule == CosineSchedule(final=0.3)
+    assert recipe.training.schedule == CosineSchedule(kind="cosine", final=0.3)
     assert recipe.data.splits.test == 0.1
     assert recipe.report.title == "A b"
     assert read(tmp_path, BASE + "report:\n", "report.title=x").report.title == "x"
@@ -255,7 +255,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
         "long words " * 50,
     ]
 )
-COUNTS = st.integers(1, 2**70)
+COUNTS = st.integers(1, 10**12)
 POSITIVES = st.floats(1e-300, 1e300)
 FRACTIONS = st.floats(0, 1, exclude_max=True)
 

@@ -21,6 +21,8 @@ BASE: dict[str, Any] = {
 }
 KINDS = "forward_kl, reverse_kl, cross_entropy, hidden_mse or hidden_cosine"
 KEEP = "0-based layer numbers, or `even`, or `greedy` (remove one by one the layer whose loss hurts least)."
+SEED = "Of everything that is random: splits, order, initial weights. Change it or leave it out for the default, 0."
+BETAS = "AdamW's decay rates of the first and second moment."
 LAYERS = (
     "{student layer: teacher layer}, 0 being the embeddings' output and i the output of block i. `even` spreads all "
     "student layers over the teacher's; `last` matches the last ones."
@@ -75,18 +77,20 @@ MISSING = [
     ({"training": {"steps": 3, "betas": [0.9]}}, "training.betas[1]: missing. Give a number."),
 ]
 VALUES = [
-    ({"seed": 1.5}, "seed: got 1.5, needs a whole number. Change it or leave it out for the default, 0."),
+    ({"seed": 1.5}, f"seed: got 1.5, needs a whole number. {SEED}"),
+    ({"seed": True}, f"seed: got true, needs a whole number. {SEED}"),
     (
         {"seed": -1},
-        "seed: got -1, needs a number greater than or equal to 0. Change it or leave it out for the default, 0.",
+        f"seed: got -1, needs a number greater than or equal to 0. {SEED}",
     ),
     (
         {"seed": float("nan")},
-        "seed: got nan, needs a finite number. Change it or leave it out for the default, 0.",
+        f"seed: got nan, needs a finite number. {SEED}",
     ),
     (
         {"training": {"steps": 3, "learning_rate": "fast"}},
-        "training.learning_rate: got 'fast', needs a number. Change it or leave it out for the default, 0.0005.",
+        "training.learning_rate: got 'fast', needs a number. Its peak, which the schedule scales. "
+        "Change it or leave it out for the default, 0.0005.",
     ),
     (
         {"training": {"steps": 3, "precision": "fp16"}},
@@ -95,8 +99,8 @@ VALUES = [
     ),
     (
         {"evaluation": {"speed": "maybe"}},
-        "evaluation.speed: got 'maybe', needs true or false. Measure prefill and decode tokens/s of every arm. "
-        "Change it or leave it out for the default, true.",
+        "evaluation.speed: got 'maybe', needs true or false. Measure prefill and decode tokens/s, and the memory they "
+        "take, of every arm; needs prompts. Change it or leave it out for the default, true.",
     ),
     (
         {"name": "a b"},
@@ -108,10 +112,10 @@ VALUES = [
         "run_dir: got 3, needs a path. Where the run lives. Default: runs/NAME. Change it or leave it out.",
     ),
     ({"data": []}, "data: got an empty list, needs a mapping."),
-    ({"training": {"steps": 3, "betas": 3}}, "training.betas: got 3, needs a list of 2."),
+    ({"training": {"steps": 3, "betas": 3}}, f"training.betas: got 3, needs a list of 2. {BETAS}"),
     (
         {"training": {"steps": 3, "betas": [0.1, 0.2, 0.3]}},
-        "training.betas: got a list of 3, needs 2 or fewer of them.",
+        f"training.betas: got a list of 3, needs 2 or fewer of them. {BETAS}",
     ),
     ({"training": {"steps": 3, "betas": [0.1, 2]}}, "training.betas[1]: got 2, needs a number less than 1."),
     (
@@ -141,6 +145,10 @@ UNIONS = [
     ),
 ]
 RULES = [
+    (
+        {"data": {"source": "words.jsonl", "splits": {"validation": 0.5, "test": 0.5}}},
+        "data.splits: validation 0.5 + test 0.5 leave no document to train on; lower one of them.",
+    ),
     ({"training": {}}, "training: needs exactly one of tokens, steps, epochs; got none."),
     (
         {"student": {"kind": "layers"}},

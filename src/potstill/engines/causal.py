@@ -1,4 +1,4 @@
-"""How a Hugging Face causal language model reads a packed batch: its body, its head, and proof that both are understood.
+"""How a Hugging Face causal language model reads a packed batch: its body, its head, and proof that both are known.
 
 The body runs without the head, so that no [B, T, V] is ever made. Refuses a model whose logits are not its head applied
 to its final hidden states, or whose packed documents see each other: `probe` tries both on a few tokens.
@@ -99,7 +99,7 @@ def probe(model: Any, key: str) -> None:
     was_training = model.training
     model.eval()
     generator = torch.Generator().manual_seed(0)
-    ids_BT = torch.randint(5, min(model.config.get_text_config().vocab_size, 1000), (1, 12), generator=generator)
+    ids_BT = torch.randint(min(model.config.get_text_config().vocab_size, 1000), (1, 12), generator=generator)
     segments_BT = torch.tensor([[1] * 5 + [2] * 7])
     packed = Batch(ids_BT, torch.full_like(ids_BT, -100), segments_BT).to(model.device)
     second = Batch(ids_BT[:, 5:], torch.full_like(ids_BT[:, 5:], -100), torch.ones_like(segments_BT[:, 5:]))
@@ -108,13 +108,13 @@ def probe(model: Any, key: str) -> None:
     logits_BTV = model(input_ids=packed.ids_BT[:, 5:], use_cache=False).logits.float()
     ours_BTV = _dense_logits(alone_BTD, head_of(model))
     model.train(was_training)
-    name = type(model).__name__
-    if _distance(ours_BTV, logits_BTV) > 0.05:
+    name, tolerance = type(model).__name__, 0.05 if model.dtype == torch.bfloat16 else 1e-3
+    if not _distance(ours_BTV, logits_BTV) <= tolerance:
         raise ModelError(
             f"{key}: the logits of {name} are not its output layer applied to its final hidden states (relative "
             f"difference {_distance(ours_BTV, logits_BTV):.2g}). potstill cannot distil it exactly; use another model."
         )
-    if _distance(final_BTD[:, 5:].float(), alone_BTD.float()) > 0.05:
+    if not _distance(final_BTD[:, 5:].float(), alone_BTD.float()) <= tolerance:
         raise ModelError(
             f"{key}: {name} lets documents that share a packed row see each other (it ignores position_ids that start "
             "again). Use another model, or another attention implementation."
@@ -128,5 +128,5 @@ def _dense_logits(hidden_BTD: Tensor, head: Head) -> Tensor:
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """Relative difference: bfloat16 models differ by a percent from rounding alone, other models by about 1."""
+    """Relative difference: bfloat16 rounding alone makes up to a few percent of it. NaN where either is not finite."""
     return float((a - b).norm() / b.norm().clamp_min(1e-9))

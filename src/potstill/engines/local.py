@@ -8,16 +8,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from ssl import SSLError
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from potstill.engines.causal import CausalReader, probe
 from potstill.errors import ModelError
 from potstill.types import Batch, Offer, Sampling, Signal, Wants
 
-__all__ = ["DTYPES", "LocalEngine", "load_config", "load_model", "load_tokenizer", "pick_device"]
+__all__ = ["DTYPES", "LocalEngine", "fingerprint_model", "load_config", "load_model", "load_tokenizer", "pick_device"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -28,7 +34,7 @@ def pick_device(device: str, key: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         picked = torch.device(device)
-        torch.empty(0, device=picked)
+        torch.zeros(1, device=picked).item()
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"{key}: {device} is not available here ({_first_line(error)}). Use auto or cpu.") from None
     return picked
@@ -45,8 +51,16 @@ def load_tokenizer(model: str, key: str) -> Any:
 
 
 def load_model(model: str, dtype: str, device: torch.device, key: str) -> Any:
-    """A causal language model, probed (see `causal.probe`). Raises ModelError naming the recipe key."""
-    loaded = _load(AutoModelForCausalLM.from_pretrained, model, key, dtype=DTYPES[dtype])
+    """A causal language model with all its weights, probed (see `causal.probe`). Raises ModelError naming the key."""
+    loaded, notes = _load(
+        AutoModelForCausalLM.from_pretrained, model, key, dtype=DTYPES[dtype], output_loading_info=True
+    )
+    missing = sorted(notes["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{key}: {model} lacks weights of {type(loaded).__name__} ({len(missing)}; {missing[0]} is the first), "
+            "which would be random numbers. Give a whole checkpoint of a causal language model."
+        )
     loaded.to(device)
     probe(loaded, key)
     return loaded
@@ -60,7 +74,8 @@ class LocalEngine:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         """`model` and `tokenizer` as `load_model` and `load_tokenizer` give them."""
         self.model, self.tokenizer = model, tokenizer
-        self._reader = CausalReader(model, min(len(tokenizer), model.get_output_embeddings().weight.shape[0]))
+        named = 1 + max(tokenizer.get_vocab().values())  # its length is less where numbers are left out
+        self._reader = CausalReader(model, min(named, model.get_output_embeddings().weight.shape[0]))
 
     def read(self, batch: Batch, wants: Wants) -> Signal:
         """What the model says about `batch`; no gradient."""
@@ -68,24 +83,49 @@ class LocalEngine:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
-        """One completion a prompt, in order; 16 at a time, shorter ones padded on the left."""
+        """One completion a prompt, in order; 16 at a time, shorter ones padded on the left.
+
+        `sampling` is all that counts: what the model's own generation config says of temperature or penalties does not.
+        An empty prompt starts at the tokenizer's begin token (or end token, where texts begin with that). A prompt that
+        leaves too little room for its completion keeps its end. Raises ModelError for an empty prompt without either.
+        """
+        encoded = [self._encode(prompt, sampling.max_new_tokens) for prompt in prompts]
         completions: list[str] = []
-        for start in range(0, len(prompts), 16):
-            completions += self._generate_batch(list(prompts[start : start + 16]), sampling)
+        own = self.model.generation_config
+        self.model.generation_config = self._special_tokens(own)
+        try:
+            for start in range(0, len(encoded), 16):
+                completions += self._generate_batch(encoded[start : start + 16], sampling)
+        finally:
+            self.model.generation_config = own
         return completions
 
-    def _generate_batch(self, prompts: list[str], sampling: Sampling) -> list[str]:
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        encoded = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    def _encode(self, prompt: str, new_tokens: int) -> list[int]:
+        ids: list[int] = self.tokenizer(prompt)["input_ids"]
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None:
+            ids = ids[-max(1, longest - new_tokens) :]
+        first = [i for i in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if i is not None]
+        if not ids and not first:
+            raise ModelError("generate: an empty prompt needs a begin token, the tokenizer has none. Give some words.")
+        return ids or first[:1]
+
+    def _special_tokens(self, own: Any) -> GenerationConfig:
+        """The model's token numbers, without its publisher's taste in sampling."""
+        eos = self.tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
+        pad = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        return GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=eos, pad_token_id=pad or 0)
+
+    def _generate_batch(self, encoded: list[list[int]], sampling: Sampling) -> list[str]:
+        pad = self.model.generation_config.pad_token_id
         longest = max(len(ids) for ids in encoded)
-        ids = torch.tensor([[pad or 0] * (longest - len(ids)) + ids for ids in encoded], device=self.model.device)
+        ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in encoded], device=self.model.device)
         mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in encoded], device=self.model.device)
-        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         output = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=sampling.max_new_tokens,
-            pad_token_id=pad or 0,
             **(drawn if sampling.temperature > 0 else {"do_sample": False}),
         )
         texts = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
@@ -106,14 +146,41 @@ def fingerprint_model(model: str) -> str:
 
 def _load(loader: Any, model: str, key: str, **options: Any) -> Any:
     try:
-        return loader(model, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        return loader(_locate(model), **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise ModelError(
-            f"{key}: {model} cannot be loaded ({_first_line(error)}). Give a Hugging Face id, a folder with config.json, "
-            "a .gguf file, or sample:NAME."
+            f"{key}: {model} cannot be loaded ({_first_line(error)}). Give a Hugging Face id, a folder with "
+            "config.json, a .gguf file, or sample:NAME."
         ) from error
 
 
+def _locate(model: str) -> str:
+    """Where to load from: the folder, the hub's id, or the hub's cache when the hub cannot be reached."""
+    if model and Path(model).is_dir():
+        return model
+    if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise FileNotFoundError(f"there is {'a file' if Path(model).is_file() else 'nothing'} where a folder is needed")
+    if _hub_answers():
+        return model
+    try:
+        return snapshot_download(model, local_files_only=True)
+    except LocalEntryNotFoundError:
+        raise FileNotFoundError("the Hugging Face hub cannot be reached, and its cache has no copy") from None
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached; asked once, since its own client would retry every file for half a minute."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        with urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=5):
+            return True
+    except OSError as error:
+        # An answer that is an error is an answer; and the hub's client may trust certificates that Python does not.
+        return isinstance(error, HTTPError) or isinstance(getattr(error, "reason", error), SSLError)
+
+
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    more = lines[1] if lines[0].endswith(":") and len(lines) > 1 else ""
+    return f"{lines[0]} {more}".strip().rstrip(".")[:300]

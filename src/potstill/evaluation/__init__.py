@@ -2,6 +2,6 @@
 
 from potstill.evaluation.bootstrap import Resampling
 from potstill.evaluation.quality import DocumentScores, compare_arms, score_arm
-from potstill.evaluation.speed import Speed, measure_speed
+from potstill.evaluation.speed import Speed, folder_bytes, measure_speed
 
-__all__ = ["DocumentScores", "Resampling", "Speed", "compare_arms", "measure_speed", "score_arm"]
+__all__ = ["DocumentScores", "Resampling", "Speed", "compare_arms", "folder_bytes", "measure_speed", "score_arm"]

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from potstill.errors import NonFiniteError
 from potstill.evaluation.bootstrap import Floats, Resampling
 from potstill.types import Head, Lesson, Measurement, Reader, Wants
 
@@ -33,7 +34,10 @@ class DocumentScores:
 
 
 def score_arm(reader: Reader, lessons: Iterable[Lesson], scorer: Scorer) -> DocumentScores:
-    """Score one arm on lessons whose signals hold the teacher's final states and head."""
+    """Score one arm on lessons whose signals hold the teacher's final states and head.
+
+    Raises ValueError where either side lacks them, NonFiniteError naming the documents whose scores are no numbers.
+    """
     totals: dict[str, NDArray[np.float64]] = {}
     for lesson in lessons:
         said = reader.read(lesson.batch, Wants(final=True))
@@ -48,6 +52,7 @@ def score_arm(reader: Reader, lessons: Iterable[Lesson], scorer: Scorer) -> Docu
             total[0] += 1
             total[1:] += row
     stacked = np.stack(list(totals.values())) if totals else np.zeros((0, len(NAMES) + 1))
+    _refuse_nonfinite(tuple(totals), stacked)
     return DocumentScores(tuple(totals), stacked[:, 0], {name: stacked[:, i + 1] for i, name in enumerate(NAMES)})
 
 
@@ -55,32 +60,34 @@ def compare_arms(scores: Mapping[str, DocumentScores], resamples: int, seed: int
     """All quality measurements of all arms, `teacher` and `untrained` among them, with paired 95 % intervals.
 
     Retention is the geometric mean probability of the true token, arm / teacher; recovered_* are shares of the gap
-    between the untrained student and the teacher that an arm closed; *_gain_over_X is positive where the student is
-    better than arm X. Raises ValueError when arms were scored on different documents.
+    between the untrained student and the teacher that an arm closed, and are left out where there is no gap;
+    *_gain_over_X is positive where the student is better than arm X. One document gives values without intervals.
+    Raises ValueError when arms were scored on different documents or positions.
     """
     teacher = scores["teacher"]
-    if any(arm.documents != teacher.documents for arm in scores.values()):
-        raise ValueError("the arms were scored on different documents and cannot be compared")
+    for name, arm in scores.items():
+        if arm.documents != teacher.documents or not np.array_equal(arm.counts_D, teacher.counts_D):
+            raise ValueError(f"the teacher and {name} were scored on different documents and cannot be compared")
     resampling = Resampling(teacher.counts_D, resamples, seed)
     means = {arm: {name: resampling.means(s.sums[name]) for name in NAMES} for arm, s in scores.items()}
     n = len(teacher.documents)
-    found: list[Measurement] = []
-    for arm in scores:
-        found += [_measurement(arm, name, values, n, unit) for name, values, unit in _arm_values(arm, means)]
+    found = [_measurement(arm, row, n) for arm in scores for row in _arm_values(arm, means)]
     for other in ("control", "untrained"):
         if other in scores and "student" in scores:
-            found += [
-                _measurement("student", *row[:2], n, row[2]) for row in _gains(means["student"], means[other], other)
-            ]
-    return found
+            found += [_measurement("student", row, n) for row in _gains(means["student"], means[other], other)]
+    # Left out: shares of a gap of nothing, and a perplexity beyond the largest float64. Neither is a number in JSON.
+    return [measurement for measurement in found if np.isfinite(measurement.value)]
 
 
 Means = Mapping[str, Floats]
+Row = tuple[str, Floats, str]
+"""A statistic's name, its value in the sample and in every resample, its unit."""
 
 
-def _arm_values(arm: str, means: Mapping[str, Means]) -> list[tuple[str, Floats, str]]:
-    own, teacher, untrained = means[arm], means["teacher"], means["untrained"]
-    rows = [("nll", own["nll"], "nats/token"), ("perplexity", np.exp(own["nll"]), "")]
+def _arm_values(arm: str, means: Mapping[str, Means]) -> list[Row]:
+    own, teacher = means[arm], means["teacher"]
+    with np.errstate(over="ignore"):
+        rows = [("nll", own["nll"], "nats/token"), ("perplexity", np.exp(own["nll"]), "")]
     if arm == "teacher":
         return rows
     rows += [
@@ -88,19 +95,23 @@ def _arm_values(arm: str, means: Mapping[str, Means]) -> list[tuple[str, Floats,
         ("agreement", own["agreement"], "share"),
         ("retention", np.exp(teacher["nll"] - own["nll"]), "share"),
     ]
-    if arm == "untrained":
-        return rows
-    perfect = {"nll": teacher["nll"], "kl_to_teacher": 0.0, "agreement": 1.0}
-    short = {"nll": "nll", "kl_to_teacher": "kl", "agreement": "agreement"}
-    for name in NAMES:
-        # A gap of nothing has no share: NaN in the resamples, and no measurement for the sample.
-        with np.errstate(divide="ignore", invalid="ignore"):
-            share = (untrained[name] - own[name]) / (untrained[name] - perfect[name])
-        rows.append((f"recovered_{short[name]}", share, "share"))
-    return rows
+    return rows if arm == "untrained" else rows + _recovered(own, means["untrained"], teacher)
 
 
-def _gains(student: Means, other: Means, name: str) -> list[tuple[str, Floats, str]]:
+def _recovered(own: Means, untrained: Means, teacher: Means) -> list[Row]:
+    """Shares of the gap from the untrained student to the teacher; NaN where the teacher is not ahead."""
+    closed_and_gap = {
+        "recovered_nll": (untrained["nll"] - own["nll"], untrained["nll"] - teacher["nll"]),
+        "recovered_kl": (untrained["kl_to_teacher"] - own["kl_to_teacher"], untrained["kl_to_teacher"]),
+        "recovered_agreement": (own["agreement"] - untrained["agreement"], 1.0 - untrained["agreement"]),
+    }
+    return [
+        (name, np.divide(closed, gap, out=np.full_like(gap, np.nan), where=gap > 0), "share")
+        for name, (closed, gap) in closed_and_gap.items()
+    ]
+
+
+def _gains(student: Means, other: Means, name: str) -> list[Row]:
     return [
         (f"kl_gain_over_{name}", other["kl_to_teacher"] - student["kl_to_teacher"], "nats/token"),
         (f"nll_gain_over_{name}", other["nll"] - student["nll"], "nats/token"),
@@ -108,10 +119,21 @@ def _gains(student: Means, other: Means, name: str) -> list[tuple[str, Floats, s
     ]
 
 
-def _measurement(arm: str, name: str, values_R: Floats, n: int, unit: str) -> Measurement:
+def _measurement(arm: str, row: Row, n: int) -> Measurement:
+    name, values_R, unit = row
     value, low, high = Resampling.interval(values_R)
-    bounds = (low, high) if n > 1 and np.isfinite(low) else (None, None)
-    return Measurement(arm, name, "test", value, *bounds, n, unit)
+    bounded = n > 1 and bool(np.isfinite([low, high]).all())
+    return Measurement(arm, name, "test", value, low if bounded else None, high if bounded else None, n, unit)
+
+
+def _refuse_nonfinite(documents: tuple[str, ...], table_D4: Floats) -> None:
+    bad = [document for document, row in zip(documents, table_D4, strict=True) if not np.isfinite(row).all()]
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise NonFiniteError(
+            f"evaluation: the scores of {', '.join(bad[:5])}{more} are not finite, so no mean of this arm would be. "
+            "Look at these documents, or read the model in fp32."
+        )
 
 
 def _documents(lesson: Lesson) -> list[str]:

@@ -10,10 +10,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+import torch
 
 from potstill.types import Batch, Engine, Measurement, Sampling, Wants
 
-__all__ = ["Speed", "measure_speed"]
+__all__ = ["Speed", "folder_bytes", "measure_speed"]
+
+Said = TypeVar("Said")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +49,9 @@ def measure_speed(
     `count` gives the number of tokens of a text; a completion that ends early counts as what it has.
     """
     tokens = int((batch.segments_BT > 0).sum())
-    prefill = _rates(lambda: (engine.read(batch, Wants(final=True)), tokens)[1], runs)
+    prefill = _rates(lambda: engine.read(batch, Wants(final=True)), lambda _: tokens, runs)
     sampling = Sampling(max_new_tokens=new_tokens)
-    decode = _rates(lambda: sum(count(text) for text in engine.generate(prompts, sampling)), runs)
+    decode = _rates(lambda: engine.generate(prompts, sampling), lambda texts: sum(map(count, texts)), runs)
     return Speed(prefill, decode, runs)
 
 
@@ -55,11 +60,21 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _rates(work: Callable[[], int], runs: int) -> tuple[float, float, float]:
+def _rates(work: Callable[[], Said], tokens: Callable[[Said], int], runs: int) -> tuple[float, float, float]:
+    """Median, smallest and largest tokens/s of `work`; counting its tokens is not timed."""
     work()
+    _wait()
     rates = []
     for _ in range(runs):
         began = time.perf_counter()
-        tokens = work()
-        rates.append(tokens / (time.perf_counter() - began))
+        said = work()
+        _wait()
+        seconds = time.perf_counter() - began
+        rates.append(tokens(said) / seconds)
     return statistics.median(rates), min(rates), max(rates)
+
+
+def _wait() -> None:
+    """A GPU still works when its caller has returned; the clock must not stop before it has finished."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -14,14 +14,14 @@ import functools
 import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.func import grad_and_value
 
+from potstill.losses.arithmetic import Arithmetic
 from potstill.losses.divergence import cross_entropy, forward_kl, reverse_kl
 from potstill.types import Head, LossSum
 
@@ -29,6 +29,9 @@ __all__ = ["HeadTerm", "can_compile", "distillation_loss", "head_logits", "posit
 
 CHUNK_BYTES = {"cpu": 50 << 20, "cuda": 512 << 20}
 """Size of one block of logits. On a CPU small blocks stay near the cores; a GPU wants large products."""
+
+TILE_BYTES = {"cpu": 3 << 19}
+"""Size of the part of a block that the element-wise work takes at once, so that its passes find it in the cache."""
 
 WORTH_COMPILING = 1 << 24
 """Logits a call must have for compilation to be worth its seconds."""
@@ -55,9 +58,11 @@ class HeadTerm:
         return self.weight * squared
 
     def values(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, targets_N: Tensor) -> Tensor:
-        """The unweighted value at each position, [N]."""
-        if teacher_logits_NV is None or self.kind == "cross_entropy":
+        """The unweighted value at each position, [N]. Raises ValueError where a teacher is needed and missing."""
+        if self.kind == "cross_entropy":
             return cross_entropy(student_logits_NV, targets_N)
+        if teacher_logits_NV is None:
+            raise ValueError(f"{self.kind} compares with a teacher: pass teacher_logits_NV.")
         divergence = forward_kl if self.kind == "forward_kl" else reverse_kl
         return divergence(student_logits_NV, teacher_logits_NV, self.temperature)
 
@@ -80,23 +85,22 @@ def distillation_loss(
     `compiled=None` compiles where a compiler exists and the problem is large; the numbers agree to float32 rounding.
 
     The result's total is the weighted sum, `terms` the detached sums of the unweighted values, count is N. Zero rows
-    give a total of 0 that still has a graph; `backward` runs once a call. Raises ValueError where shapes disagree or a teacher is missing.
+    give a total of 0 that still has a graph; `backward` runs once a call. Raises ValueError where shapes disagree, a
+    kind of term is there twice, or a teacher is missing.
     """
-    teacher = _teacher_for(terms, student_ND, teacher_ND, teacher_head)
+    teacher = _teacher_for(terms, teacher_ND, teacher_head)
     _check(student_ND, student_head, targets_N, teacher)
-    if targets_N.numel() == 0:
-        nothing = student_ND.sum().float() * 0.0 + student_head.weight_VD[:0].sum().float()
-        return LossSum(nothing, 0, {term.kind: torch.zeros((), device=student_ND.device) for term in terms})
     if compiled is None:
         large = targets_N.numel() * student_head.vocabulary >= WORTH_COMPILING
         compiled = large and can_compile(student_ND.device.type)
+    learned: tuple[Tensor | None, ...] = (student_ND, student_head.weight_VD, student_head.bias_V)
+    if not torch.is_grad_enabled():  # an autograd.Function hears of requires_grad, but not of no_grad
+        learned = tuple(None if part is None else part.detach() for part in learned)
     finishes = _Finish.of(student_head), teacher and _Finish.of(teacher[1])
     total, sums = cast(
         tuple[Tensor, Tensor],
         _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-            student_ND,
-            student_head.weight_VD,
-            student_head.bias_V,
+            *learned,
             teacher,
             targets_N,
             functools.partial(_kernel, tuple(terms), *finishes, compiled),
@@ -105,35 +109,44 @@ def distillation_loss(
     return LossSum(total, targets_N.numel(), {term.kind: sums[i] for i, term in enumerate(terms)})
 
 
+@torch.no_grad()
 def position_scores(student: tuple[Tensor, Head], teacher: tuple[Tensor, Head], targets_N: Tensor) -> dict[str, Tensor]:
     """What evaluation asks at every position, [N] each: `nll`, `kl_to_teacher` (forward, T = 1), `agreement` of top-1.
 
-    Both sides as (final states, head); no gradient. Ties go to the lower token number on both sides.
+    Both sides as (final states, head); no gradient. Ties go to the lower token number on both sides. Raises ValueError
+    where shapes disagree.
     """
-    parts: dict[str, list[Tensor]] = {"nll": [], "kl_to_teacher": [], "agreement": []}
-    rows_ND, head = student
-    score = _scores(targets_N.numel() * head.vocabulary >= WORTH_COMPILING and can_compile(rows_ND.device.type))
-    for rows in _chunks(targets_N.numel(), head.weight_VD):
-        logits_nV, teacher_nV = head_logits(rows_ND[rows], head), head_logits(teacher[0][rows], teacher[1])
-        for name, values in zip(parts, score(logits_nV, teacher_nV, targets_N[rows]), strict=True):
-            parts[name].append(values)
-    return {name: torch.cat(values) if values else torch.zeros(0) for name, values in parts.items()}
+    (rows_ND, head), (teacher_ND, teacher_head) = student, teacher
+    _check(rows_ND, head, targets_N, teacher)
+    arithmetic = Arithmetic.of(rows_ND)
+    head, teacher = arithmetic.widen_head(head), (teacher_ND, Arithmetic.of(teacher_ND).widen_head(teacher_head))
+    compiled = targets_N.numel() * head.vocabulary >= WORTH_COMPILING and can_compile(rows_ND.device.type)
+    score = _scores(_Finish.of(head), _Finish.of(teacher_head), compiled)
+    parts = [
+        score(raw_nV[tile], head.bias_V, cast(Tensor, raw_teacher_nV)[tile], teacher[1].bias_V, targets_N[rows][tile])
+        for rows, raw_nV, raw_teacher_nV in _blocks(arithmetic, (rows_ND, head.weight_VD), teacher)
+        for tile in _tiles(raw_nV)
+    ]
+    names = ("nll", "kl_to_teacher", "agreement")
+    return {name: torch.cat(values) for name, values in zip(names, zip(*parts, strict=True), strict=True)}
 
 
 def head_logits(rows_nD: Tensor, head: Head) -> Tensor:
     """Logits of some rows, [n, V], float32 (float64 for float64 rows). Holds all of [n, V]: call it on chunks."""
-    arithmetic = _Arithmetic.of(rows_nD)
+    arithmetic = Arithmetic.of(rows_nD)
     raw_nV = arithmetic.product(arithmetic.widen(rows_nD), arithmetic.widen(head.weight_VD).T)
     return _Finish.of(head)(raw_nV, arithmetic.widen(head.bias_V))
 
 
 @functools.cache
-def _scores(compiled: bool) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    def scores(logits_nV: Tensor, teacher_nV: Tensor, targets_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _scores(student: _Finish, teacher: _Finish, compiled: bool) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    def scores(raw_nV: Tensor, bias_V: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+        raw_teacher_nV, teacher_bias_V, targets_n = others
+        logits_nV, teacher_nV = student(raw_nV, bias_V), teacher(raw_teacher_nV, teacher_bias_V)
         agreement = (logits_nV.argmax(-1) == teacher_nV.argmax(-1)).to(logits_nV.dtype)
         return cross_entropy(logits_nV, targets_n), forward_kl(logits_nV, teacher_nV), agreement
 
-    return cast(Any, torch.compile(scores, dynamic=True) if compiled else scores)
+    return cast(Callable[..., Any], torch.compile(scores, dynamic=True) if compiled else scores)
 
 
 @functools.cache
@@ -168,8 +181,9 @@ def _kernel(
 ) -> Callable[..., Any]:
     """The element-wise part: two blocks of raw products -> sums, and the gradient of the student's block.
 
-    f(raw_student_nV, bias_V, raw_teacher_nV, teacher_bias_V, targets_n) gives (total, sums of the terms), behind the
-    gradient if that is asked for. Both come from one plain definition: `HeadTerm.values`.
+    f(raw_student_nV, bias_V, raw_teacher_nV, teacher_bias_V, targets_n) gives (total, sums of the terms); if a gradient
+    is asked for, it takes the place of raw_student_nV (a block of memory less to touch). Both come from one plain
+    definition: `HeadTerm.values`.
     """
 
     def sums(raw_nV: Tensor, bias_V: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
@@ -180,7 +194,12 @@ def _kernel(
         total = sum((term.factor * value for term, value in zip(terms, by_term, strict=True)), torch.zeros(()))
         return total, torch.stack(by_term)
 
-    function = grad_and_value(sums, has_aux=True) if with_gradient else sums
+    def sums_and_gradient(raw_nV: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        gradient_nV, result = grad_and_value(sums, has_aux=True)(raw_nV, *others)
+        raw_nV.copy_(gradient_nV)
+        return cast(tuple[Tensor, Tensor], result)
+
+    function = sums_and_gradient if with_gradient else sums
     return cast(Callable[..., Any], torch.compile(function, dynamic=True) if compiled else function)
 
 
@@ -188,7 +207,7 @@ class _ChunkedLoss(torch.autograd.Function):
     """Gradients are taken chunk by chunk in `forward`, which has the logits at hand; `backward` only scales them."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         student_ND: Tensor,
         weight_VD: Tensor,
@@ -197,24 +216,23 @@ class _ChunkedLoss(torch.autograd.Function):
         targets_N: Tensor,
         kernel: Callable[..., Callable[..., Any]],
     ) -> tuple[Tensor, Tensor]:
-        arithmetic = _Arithmetic.of(student_ND)
+        arithmetic = Arithmetic.of(student_ND)
         needed = ctx.needs_input_grad[:3]
         function = kernel(with_gradient=any(needed))
         weight, bias = arithmetic.widen(weight_VD), arithmetic.widen(bias_V)
-        # A bfloat16 teacher's head is widened once a call: exact, and faster than once a chunk.
-        teacher_weight = teacher and arithmetic.widen(teacher[1].weight_VD)
-        teacher_bias = teacher and arithmetic.widen(teacher[1].bias_V)
+        teacher = teacher and (teacher[0], Arithmetic.of(teacher[0]).widen_head(teacher[1]))
         gradients = _Gradients.empty_for(student_ND, weight, bias, needed)
         results = []
-        for rows in _chunks(targets_N.numel(), weight):
-            hidden_nD = arithmetic.widen(student_ND[rows])
-            raw_nV = arithmetic.product(hidden_nD, weight.T)
-            raw_teacher_nV = teacher and arithmetic.product(arithmetic.widen(teacher[0][rows]), teacher_weight.T)
-            result = function(raw_nV, bias, raw_teacher_nV, teacher_bias, targets_N[rows])
+        for rows, raw_nV, raw_teacher_nV in _blocks(arithmetic, (student_ND, weight), teacher):
+            for tile in _tiles(raw_nV):
+                others = (
+                    None if raw_teacher_nV is None else raw_teacher_nV[tile],
+                    teacher and teacher[1].bias_V,
+                    targets_N[rows][tile],
+                )
+                results.append(function(raw_nV[tile], bias, *others))
             if any(needed):
-                gradient_nV, result = result
-                gradients.add(arithmetic, rows, (gradient_nV, hidden_nD, weight))
-            results.append(result)
+                gradients.add(arithmetic, rows, (raw_nV, arithmetic.widen(student_ND[rows]), weight))
         ctx.gradients = gradients
         ctx.dtypes = (student_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         total, sums = (torch.stack(parts).sum(0) for parts in zip(*results, strict=True))
@@ -223,7 +241,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, scale: Tensor, _sums: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, scale: Tensor, _sums: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("distillation_loss: backward ran twice through one call; call it again instead.")
         # In place and once: the buffers are this call's own, and the head's is as large as the head.
@@ -251,7 +269,7 @@ class _Gradients:
             torch.zeros_like(bias_V) if needed[2] and bias_V is not None else None,
         )
 
-    def add(self, arithmetic: _Arithmetic, rows: slice, chunk: tuple[Tensor, Tensor, Tensor]) -> None:
+    def add(self, arithmetic: Arithmetic, rows: slice, chunk: tuple[Tensor, Tensor, Tensor]) -> None:
         gradient_nV, hidden_nD, weight_VD = chunk
         if self.hidden_ND is not None:
             self.hidden_ND[rows] = arithmetic.product(gradient_nV, weight_VD)
@@ -261,88 +279,83 @@ class _Gradients:
             self.bias_V.add_(gradient_nV.sum(0))
 
 
-@dataclass(frozen=True, slots=True)
-class _Arithmetic:
-    """How products are computed: always with a wide result; on bfloat16 units where the rows came in bfloat16.
+def _blocks(
+    arithmetic: Arithmetic, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Head] | None
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """(rows, student's raw products [n, V], teacher's or None) chunk by chunk; the next chunk overwrites the buffers.
 
-    On a CPU, float32 tensors multiplied in oneDNN's bf16 mode are rounded to bfloat16 on the way in (exact for what came
-    in bfloat16) and accumulated in float32. It is as fast as bfloat16 tensors, whose results would be rounded.
+    Fresh memory for every block would cost more page faults than the product takes.
     """
+    rows_ND, weight_VD = student
+    chunks = list(_chunks(rows_ND.shape[0], weight_VD))
+    most = max(rows.stop - rows.start for rows in chunks)
+    dtypes = [weight_VD.dtype, *([Arithmetic.of(teacher[0]).dtype] if teacher else [])]
+    buffers = [torch.empty(most, weight_VD.shape[0], dtype=dtype, device=weight_VD.device) for dtype in dtypes]
+    for rows in chunks:
+        size = rows.stop - rows.start
+        raw_nV = arithmetic.product(arithmetic.widen(rows_ND[rows]), weight_VD.T, buffers[0][:size])
+        raw_teacher_nV = None
+        if teacher:
+            hidden_nD, own = teacher[0][rows], Arithmetic.of(teacher[0])
+            raw_teacher_nV = own.product(own.widen(hidden_nD), own.widen(teacher[1].weight_VD).T, buffers[1][:size])
+        yield rows, raw_nV, raw_teacher_nV
 
-    dtype: torch.dtype
-    bf16_units: bool
 
-    @staticmethod
-    def of(rows_ND: Tensor) -> _Arithmetic:
-        return _Arithmetic(torch.promote_types(rows_ND.dtype, torch.float32), rows_ND.dtype is torch.bfloat16)
-
-    @overload
-    def widen(self, tensor: Tensor) -> Tensor: ...
-    @overload
-    def widen(self, tensor: None) -> None: ...
-    def widen(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(self.dtype)
-
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
-        if a.is_cuda and self.bf16_units:
-            return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=self.dtype)
-        with self._units():
-            return a @ b
-
-    def add_product(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        if out.is_cuda and self.bf16_units:
-            out += torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=self.dtype)
-            return
-        with self._units():
-            torch.addmm(out, a, b, out=out)
-
-    @contextmanager
-    def _units(self) -> Iterator[None]:
-        matmul = torch.backends.mkldnn.matmul
-        before = matmul.fp32_precision
-        matmul.fp32_precision = "bf16" if self.bf16_units else before
-        try:
-            yield
-        finally:
-            matmul.fp32_precision = before
+def _tiles(raw_nV: Tensor) -> Iterator[slice]:
+    """Slices of a block whose element-wise work stays in the cache; the whole block on a GPU."""
+    row_bytes = raw_nV.shape[1] * raw_nV.element_size()
+    return _slices(len(raw_nV), row_bytes, TILE_BYTES.get(raw_nV.device.type, len(raw_nV) * row_bytes))
 
 
 def _chunks(count: int, weight_VD: Tensor) -> Iterator[slice]:
-    """Slices of nearly equal size, none above the chunk's bytes (a short last chunk would waste a pass over the head)."""
-    budget = CHUNK_BYTES.get(weight_VD.device.type, CHUNK_BYTES["cpu"])
-    number = -(-count // max(1, budget // (weight_VD.shape[0] * weight_VD.element_size())))
+    """Slices whose logits, in the dtype of `weight_VD`, fit the chunk's bytes."""
+    row_bytes = weight_VD.shape[0] * weight_VD.element_size()
+    return _slices(count, row_bytes, CHUNK_BYTES.get(weight_VD.device.type, CHUNK_BYTES["cpu"]))
+
+
+def _slices(count: int, row_bytes: int, budget: int) -> Iterator[slice]:
+    """At least one slice, all of nearly equal size and within the budget, or of one row where that is too much.
+
+    Equal, because a short last one would waste a pass over the head, and one of a single row a compilation.
+    """
+    number = max(1, -(-count // max(1, budget // row_bytes)))
     edges = [count * i // number for i in range(number + 1)]
     yield from itertools.starmap(slice, itertools.pairwise(edges))
 
 
 def _teacher_for(
-    terms: Sequence[HeadTerm], student_ND: Tensor, teacher_ND: Tensor | None, teacher_head: Head | None
+    terms: Sequence[HeadTerm], teacher_ND: Tensor | None, teacher_head: Head | None
 ) -> tuple[Tensor, Head] | None:
     """The teacher's part, if a term compares with it: hard labels alone must not pay for a teacher."""
     if not terms:
         raise ValueError("terms is empty: give at least one HeadTerm.")
+    kinds = [term.kind for term in terms]
+    if len(set(kinds)) < len(kinds):
+        raise ValueError(f"terms {kinds} have a kind twice: merge the two into one weight.")
     asking = [term.kind for term in terms if term.needs_teacher]
     if not asking:
         return None
     if teacher_ND is None or teacher_head is None:
         raise ValueError(f"terms {asking} compare with a teacher: pass teacher_ND and teacher_head.")
+    return teacher_ND, teacher_head
+
+
+def _check(student_ND: Tensor, head: Head, targets_N: Tensor, teacher: tuple[Tensor, Head] | None) -> None:
+    if student_ND.ndim != 2 or student_ND.shape != (*targets_N.shape, head.weight_VD.shape[1]):
+        raise ValueError(
+            f"student_ND {tuple(student_ND.shape)}, head {tuple(head.weight_VD.shape)} and targets "
+            f"{tuple(targets_N.shape)} do not fit: needs [N, D], [V, D], [N]."
+        )
+    if teacher is None:
+        return
+    teacher_ND, teacher_head = teacher
     if teacher_ND.shape != (student_ND.shape[0], teacher_head.weight_VD.shape[1]):
         raise ValueError(
             f"teacher_ND {tuple(teacher_ND.shape)} and its head {tuple(teacher_head.weight_VD.shape)} do not fit the "
             f"student's {student_ND.shape[0]} rows: needs [N, d_t] and [V, d_t]."
         )
-    return teacher_ND, teacher_head
-
-
-def _check(student_ND: Tensor, head: Head, targets_N: Tensor, teacher: tuple[Tensor, Head] | None) -> None:
-    rows, width = student_ND.shape
-    if head.weight_VD.shape[1] != width or targets_N.shape != (rows,):
+    if teacher_head.vocabulary != head.vocabulary:
         raise ValueError(
-            f"student_ND {tuple(student_ND.shape)}, head {tuple(head.weight_VD.shape)} and targets "
-            f"{tuple(targets_N.shape)} do not fit: needs [N, D], [V, D], [N]."
-        )
-    if teacher and teacher[1].vocabulary != head.vocabulary:
-        raise ValueError(
-            f"the heads have {head.vocabulary} and {teacher[1].vocabulary} tokens: slice both to the shared ones with "
-            "Head.sliced."
+            f"the heads have {head.vocabulary} and {teacher_head.vocabulary} tokens: slice both to the shared ones "
+            "with Head.sliced."
         )

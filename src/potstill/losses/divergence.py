@@ -1,7 +1,7 @@
 """Divergences between a teacher's and a student's next-token distributions, and the hard-label loss.
 
-Suffixes: N positions, V vocabulary. p = teacher, q = student, both softened by the temperature. Values are nats, one per
-position. Refuses to know of chunks, heads, masks or weights: `chunked` feeds it blocks of logits.
+Suffixes: N positions, V vocabulary. p = teacher, q = student, both softened by the temperature. Values are nats, one
+per position. Refuses to know of chunks, heads, masks or weights: `chunked` feeds it blocks of logits.
 """
 
 from __future__ import annotations
@@ -42,4 +42,5 @@ def cross_entropy(student_logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 def _expectation(log_weight: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
     """sum_v exp(log_weight) (log_a - log_b), where a weight of exactly 0 contributes 0 even if its logs are -inf."""
     weight = log_weight.exp()
-    return (weight * (log_a - log_b)).where(weight > 0, 0.0).sum(-1)
+    # The difference is cleared before the product: after it, the product's gradient would still be 0 * NaN.
+    return (weight * (log_a - log_b).where(weight > 0, 0.0)).sum(-1)

@@ -17,19 +17,19 @@ __all__ = ["HiddenLoss", "hidden_cosine", "hidden_mse"]
 
 
 def hidden_mse(student_MD: Tensor, teacher_MD: Tensor) -> Tensor:
-    """Mean over the width of the squared difference, one value per position [M], float32.
+    """Mean over the width of the squared difference, one value per position [M], float32 (float64 for float64).
 
     Romero et al. (2014), arXiv:1412.6550, eq. 3, per position and divided by D so that widths compare.
     """
-    return (student_MD.float() - teacher_MD.float()).square().mean(-1)
+    return (_wide(student_MD) - _wide(teacher_MD)).square().mean(-1)
 
 
 def hidden_cosine(student_MD: Tensor, teacher_MD: Tensor) -> Tensor:
-    """1 - cosine of the angle between the two vectors, one value per position [M], float32, in [0, 2].
+    """1 - cosine of the angle, one value per position [M], in [0, 2], float32 (float64 for float64).
 
     Sanh et al. (2019), arXiv:1910.01108, section 3.
     """
-    return 1.0 - nn.functional.cosine_similarity(student_MD.float(), teacher_MD.float(), dim=-1)
+    return 1.0 - nn.functional.cosine_similarity(_wide(student_MD), _wide(teacher_MD), dim=-1)
 
 
 class HiddenLoss(nn.Module):
@@ -63,9 +63,13 @@ class HiddenLoss(nn.Module):
         attended_BT = lesson.batch.segments_BT > 0
         values = []
         for student, teacher in self.layers.items():
-            student_MD = view.hidden[student][attended_BT]
+            student_MD = _wide(view.hidden[student][attended_BT])
             if str(student) in self.projections:
                 student_MD = self.projections[str(student)](student_MD)
             values.append(distance(student_MD, lesson.signal.hidden[teacher][attended_BT]).sum())
         total = torch.stack(values).mean()
         return LossSum(self.weight * total, self.count(lesson.batch), {self.kind: total.detach()})
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -7,73 +7,54 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import platformdirs
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM
 
-from potstill import samples
 from potstill.data import PackedRows
-from potstill.engines import LocalEngine, load_model, load_tokenizer, pick_device
-from potstill.engines.local import fingerprint_model
-from potstill.errors import RecipeError
-from potstill.losses import HeadLoss, HeadTerm, HiddenLoss, Objective
-from potstill.recipes import fingerprint
+from potstill.engines import LocalEngine, TrainableCausal, load_model, load_tokenizer, pick_device
+from potstill.engines.local import load_config
+from potstill.errors import ModelError, RecipeError
+from potstill.losses import HeadLoss, HeadTerm, HiddenLoss, Objective, can_compile
+from potstill.pipeline.places import resolve_model
 from potstill.recipes.schema import (
     CosineSchedule,
     CrossEntropy,
     ForwardKL,
+    FreshStudent,
     HiddenCosine,
     HiddenMSE,
+    LayersStudent,
     LossTerm,
     Recipe,
     ReverseKL,
     WSDSchedule,
 )
-from potstill.samples.catalogue import sample_info
-from potstill.students import even_layers
+from potstill.students import cut_layers, even_layers, fresh_model
+from potstill.students.blocks import find_blocks
 from potstill.training import Plan, learning_rate_factor
 from potstill.types import Offer, Wants
 
 __all__ = [
+    "blank_model",
+    "build_engine",
     "build_examiner",
     "build_objective",
     "build_plan",
+    "build_stand_in",
     "build_teacher",
+    "build_trainable",
     "check_losses",
-    "identify",
-    "resolve_data",
-    "resolve_model",
+    "compile_blocks",
+    "count_steps",
+    "terms_of",
     "wants_of",
 ]
 
-SAMPLE = "sample:"
-
-
-def resolve_model(model: str, key: str) -> str:
-    """A folder or hub id for what a recipe calls a model; fetches samples and converts .gguf files, each once."""
-    if model.startswith(SAMPLE):
-        return str(samples.fetch(model.removeprefix(SAMPLE)))
-    if model.endswith(".gguf"):
-        return str(_converted(Path(model), key))
-    return model
-
-
-def resolve_data(source: str) -> str:
-    """A path or hub id for what a recipe calls a data source; fetches samples."""
-    return str(samples.fetch(source.removeprefix(SAMPLE))) if source.startswith(SAMPLE) else source
-
-
-def identify(source: str) -> str:
-    """Which model or data this is, for fingerprints, without fetching anything: another file is another identity."""
-    if source.startswith(SAMPLE):
-        return sample_info(source.removeprefix(SAMPLE)).key
-    path = Path(source)
-    if path.is_file():
-        stat = path.stat()
-        return fingerprint([source, stat.st_size, stat.st_mtime_ns])
-    return fingerprint([source, fingerprint_model(source)]) if path.is_dir() else source
+WORTH_COMPILING_OPERATIONS = 3e13
+"""Floating-point operations of a training from which on compiling its blocks, some 20 seconds, is won back."""
 
 
 def build_teacher(recipe: Recipe) -> LocalEngine:
@@ -86,6 +67,62 @@ def build_teacher(recipe: Recipe) -> LocalEngine:
 def build_engine(model: str, dtype: str, device: Any, key: str) -> LocalEngine:
     """An engine for any arm's folder."""
     return LocalEngine(load_model(model, dtype, device, key), load_tokenizer(model, key))
+
+
+def blank_model(config: Any, key: str) -> Any:
+    """A model of this config without weights (on the meta device). Raises ModelError naming the recipe key."""
+    with init_empty_weights():
+        try:
+            return AutoModelForCausalLM.from_config(config)
+        except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise ModelError(
+                f"{key}: {type(config).__name__} is not the config of a causal language model ({reason}). "
+                "Use a decoder such as Llama, Qwen, Gemma, Mistral or GPT-2."
+            ) from None
+
+
+def build_stand_in(recipe: Recipe, teacher: Any) -> Any:
+    """A model as large as the student will be; which layers and weights it has is left open.
+
+    Takes and makes models with weights or without. Raises RecipeError or ModelError where there can be no such student.
+    """
+    student = recipe.student
+    if isinstance(student, LayersStudent):
+        depth = teacher.config.get_text_config().num_hidden_layers
+        keep = even_layers(depth, student.count) if isinstance(student.keep, str) and student.count else student.keep
+        return cut_layers(teacher, [int(layer) for layer in keep])
+    if isinstance(student, FreshStudent):
+        return fresh_model(teacher.config, student.config.model_dump(exclude_none=True), recipe.seed)
+    config = load_config(resolve_model(student.model, "student.model"), "student.model")
+    return (
+        blank_model(config, "student.model") if teacher.device.type == "meta" else fresh_model(config, {}, recipe.seed)
+    )
+
+
+def build_trainable(recipe: Recipe, student: Any) -> TrainableCausal:
+    """The student in training mode, as the recipe wants it trained."""
+    if recipe.training.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    return TrainableCausal(student.train(), recipe.training.precision)
+
+
+def compile_blocks(recipe: Recipe, steps: int, student: Any, teacher: Any | None) -> None:
+    """Compile the blocks of student and teacher where the recipe says so, or where a training is long enough to pay.
+
+    All blocks of a model share one compiled function. Raises RecipeError where it is asked for and cannot be done.
+    """
+    possible = can_compile(student.device.type)
+    if recipe.training.compile is True and not possible:
+        raise RecipeError("training.compile: true needs a C++ compiler (g++ or clang++). Install one, or say `auto`.")
+    positions = steps * recipe.training.batch_rows * recipe.data.sequence_length
+    operations = 6 * positions * sum(parameter.numel() for parameter in student.parameters())
+    if recipe.training.compile is True or (
+        recipe.training.compile == "auto" and possible and operations >= WORTH_COMPILING_OPERATIONS
+    ):
+        for model in (student, teacher):
+            for block in find_blocks(model)[1] if model is not None else ():
+                block.compile()
 
 
 def check_losses(recipe: Recipe) -> None:
@@ -101,21 +138,30 @@ def check_losses(recipe: Recipe) -> None:
             )
 
 
-def build_objective(terms: list[LossTerm], vocabulary: int, student: Any, teacher: Any) -> Objective:
-    """The objective of these terms. `student` and `teacher` are model configs, for depths and widths."""
+def terms_of(recipe: Recipe, arm: str) -> list[LossTerm]:
+    """What this arm minimises: the student the recipe's losses, the control arm hard labels alone."""
+    return list(recipe.losses) if arm == "student" else [CrossEntropy(kind="cross_entropy")]
+
+
+def build_objective(terms: Sequence[LossTerm], vocabulary: int, student: Any, teacher: Any) -> Objective:
+    """The objective of these terms. `student` and `teacher` are model configs, for depths and widths.
+
+    Raises RecipeError where a layer map names a layer that a model does not have.
+    """
     head = [_head_term(term) for term in terms if isinstance(term, ForwardKL | ReverseKL | CrossEntropy)]
     losses: list[HeadLoss | HiddenLoss] = [HeadLoss(head, vocabulary)] if head else []
-    widths = (student.hidden_size, teacher.hidden_size)
+    configs = student.get_text_config(), teacher.get_text_config()
+    widths = (configs[0].hidden_size, configs[1].hidden_size)
+    depths = (configs[0].num_hidden_layers, configs[1].num_hidden_layers)
     for index, term in enumerate(terms):
         if isinstance(term, HiddenMSE | HiddenCosine):
-            depths = (student.num_hidden_layers, teacher.num_hidden_layers)
             layers = _layer_map(term, depths, f"losses[{index}].layers")
             losses.append(HiddenLoss(term.kind, layers, widths, term.weight))
     return Objective(losses)
 
 
 def build_examiner(vocabulary: int) -> Objective:
-    """The questions of validation, the same for every arm: forward KL to the teacher and cross-entropy, both at T = 1."""
+    """The questions of validation, alike for every arm: forward KL to the teacher and cross-entropy, both at T = 1."""
     return Objective([HeadLoss([HeadTerm("forward_kl"), HeadTerm("cross_entropy")], vocabulary)])
 
 
@@ -127,6 +173,7 @@ def wants_of(objective: Objective) -> Wants:
 def build_plan(recipe: Recipe, rows: PackedRows) -> Plan:
     """The numbers of the training, with its length in steps."""
     training = recipe.training
+    minutes = training.checkpoint.every_minutes
     steps = count_steps(recipe, len(rows))
     return Plan(
         steps=steps,
@@ -137,7 +184,7 @@ def build_plan(recipe: Recipe, rows: PackedRows) -> Plan:
         clip_norm=training.clip_norm,
         validate_every=training.validate_every or max(1, steps // 10),
         checkpoint_steps=training.checkpoint.every_steps,
-        checkpoint_seconds=None if training.checkpoint.every_minutes is None else 60 * training.checkpoint.every_minutes,
+        checkpoint_seconds=None if minutes is None else 60 * minutes,
     )
 
 
@@ -151,17 +198,6 @@ def count_steps(recipe: Recipe, rows: int) -> int:
     return max(1, math.ceil((training.epochs or 1.0) * rows / training.batch_rows))
 
 
-def _converted(path: Path, key: str) -> Path:
-    if not path.is_file():
-        raise RecipeError(f"{key}: {path} does not exist. Give the path of a .gguf file, a folder, or a hub id.")
-    folder = Path(platformdirs.user_cache_dir("potstill")) / "gguf" / identify(str(path))
-    if not folder.exists():
-        part = folder.with_name(f"{folder.name}.part")
-        samples.convert_gguf(path, part)
-        part.rename(folder)
-    return folder
-
-
 def _head_term(term: ForwardKL | ReverseKL | CrossEntropy) -> HeadTerm:
     if isinstance(term, CrossEntropy):
         return HeadTerm("cross_entropy", term.weight)
@@ -169,16 +205,21 @@ def _head_term(term: ForwardKL | ReverseKL | CrossEntropy) -> HeadTerm:
 
 
 def _layer_map(term: HiddenMSE | HiddenCosine, depths: tuple[int, int], key: str) -> Mapping[int, int]:
-    """{student layer: teacher layer}; 0 is the embeddings' output."""
+    """{student layer: teacher layer}; 0 is the embeddings' output. `depths` are the student's and the teacher's."""
     if term.layers == "last":
         return {depths[0]: depths[1]}
     if term.layers == "even":
         matched = even_layers(depths[1] + 1, depths[0] + 1)
         return dict(zip(range(1, depths[0] + 1), matched[1:], strict=True))
-    for role, depth, layers in zip(("student", "teacher"), depths, (term.layers.keys(), term.layers.values()), strict=True):
-        for layer in layers:
+    if not term.layers:
+        raise RecipeError(f"{key}: an empty map compares nothing. Name a pair such as {{{depths[0]}: {depths[1]}}}.")
+    for pair in term.layers.items():
+        for role, depth, layer in zip(("student", "teacher"), depths, pair, strict=True):
             if layer > depth:
-                raise RecipeError(f"{key}: the {role} has layers 0..{depth}, got {layer}. Use a layer in that range.")
+                raise RecipeError(
+                    f"{key}: {{{pair[0]}: {pair[1]}}}, but the {role} has layers 0..{depth} (0 is the embeddings' "
+                    "output). Use a layer in that range."
+                )
     return term.layers
 
 

@@ -19,6 +19,7 @@ from potstill.errors import RunError
 __all__ = [
     "PARTIAL",
     "check_disk",
+    "check_writable",
     "read_json",
     "remove",
     "replace_folder",
@@ -79,12 +80,23 @@ def replace_folder(temp: Path, final: Path) -> None:
 
 def check_disk(folder: Path, needed_bytes: int, what: str) -> None:
     """Raises RunError unless the disk that holds `folder`, which need not exist yet, has the room for `what`."""
-    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+    place = _existing(folder)
     free_bytes = shutil.disk_usage(place).free
     if free_bytes < needed_bytes:
         raise RunError(
             f"run_dir: {place} has {free_bytes / 1e9:.2f} GB free, but {what} needs {needed_bytes / 1e9:.2f} GB. "
             "Free some space, or choose another run_dir."
+        )
+
+
+def check_writable(folder: Path) -> None:
+    """Raises RunError unless `folder` can be written, or made where it is not there yet; makes nothing."""
+    place = _existing(folder)
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        reason = "no permission" if place.is_dir() else "not a folder"
+        raise RunError(
+            f"run_dir: {folder} cannot be written ({place}: {reason}). "
+            "Change its permissions, or choose another run_dir."
         )
 
 
@@ -101,6 +113,11 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _existing(folder: Path) -> Path:
+    """`folder`, or the nearest of its parents that is there."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
 
 
 def _sync(path: Path) -> None:

@@ -5,80 +5,169 @@ Refuses to keep two arms in memory at once: the teacher's final states are read 
 
 from __future__ import annotations
 
-import gc
-import json
-import math
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
+
 import torch
 
 from potstill.data import PackedRows
 from potstill.engines import LocalEngine, pick_device
-from potstill.evaluation import DocumentScores, compare_arms, measure_speed, score_arm
-from potstill.evaluation.speed import folder_bytes
+from potstill.evaluation import DocumentScores, compare_arms, folder_bytes, measure_speed, score_arm
 from potstill.losses import position_scores
 from potstill.pipeline import build
-from potstill.pipeline.disk import write_json_atomic
-from potstill.pipeline.progress import metered
-from potstill.pipeline.rundir import Stage, peak_memory_bytes, reset_peak_memory
-from potstill.pipeline.stages import read_lessons
+from potstill.pipeline.arms import read_lessons
+from potstill.pipeline.disk import read_json, write_json_atomic
+from potstill.pipeline.inspection import count_parameters
+from potstill.pipeline.memory import peak_memory_bytes, release_memory, reset_peak_memory, resident_memory_bytes
+from potstill.pipeline.progress import Meter, metered
+from potstill.pipeline.prompts import Prompt, make_prompts
+from potstill.pipeline.rundir import Stage
+from potstill.pipeline.stages import HELD_OUT
 from potstill.recipes import Recipe
 from potstill.types import Lesson, Measurement, Sampling
 
 __all__ = ["evaluate"]
 
+SPEED_TOKENS = 16
+"""New tokens a prompt when decode speed is measured: enough for a rate, few enough not to be waited for."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Questions:
+    """The same for every arm: held-out rows with what the teacher says of them, and prompts."""
+
+    lessons: Sequence[Lesson]
+    prompts: Sequence[Prompt]
+
+    @property
+    def texts(self) -> list[str]:
+        return [prompt.prompt for prompt in self.prompts]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    scores: DocumentScores
+    completions: Sequence[str]
+    parameters: int
+
 
 def evaluate(recipe: Recipe, stage: Stage, prepared: Path, arms: Mapping[str, Path]) -> None:
     """Score, time and sample every arm. `arms` are model folders: teacher first, then untrained, control, student."""
     rows = PackedRows(prepared / "test")
-    prompts = json.loads((prepared / "prompts.json").read_text(encoding="utf-8"))
-    lessons: list[Lesson] = []
-    scores: dict[str, DocumentScores] = {}
-    found: list[Measurement] = []
-    completions: dict[str, list[str]] = {}
-    settings = recipe.evaluation
-    count = min(len(rows), settings.max_rows or len(rows))
+    count = min(len(rows), recipe.evaluation.max_rows or len(rows))
+    questions: _Questions | None = None
+    answers: dict[str, _Answers] = {}
+    costs: list[Measurement] = []
     with metered("evaluate", len(arms) * count, "rows") as meter:
         for arm, folder in arms.items():
-            reset_peak_memory()
-            engine = _engine(recipe, arm, folder)
-            lessons = lessons or list(read_lessons(engine, rows, count, settings.batch_rows))
-            scores[arm] = score_arm(engine, lessons, position_scores)
-            meter.advance(count, arm)
-            texts = [prompt["prompt"] for prompt in prompts]
-            completions[arm] = engine.generate(texts, Sampling(max_new_tokens=settings.sample_tokens))
-            found += _sizes(arm, engine, folder)
-            if settings.speed and texts:
-                found += _speed(arm, engine, lessons[0], texts)
-            found.append(Measurement(arm, "peak_memory_bytes", "test", peak_memory_bytes(), None, None, 1, "bytes"))
-            del engine
-            gc.collect()
-    found = compare_arms(scores, settings.resamples, recipe.seed) + found
-    write_json_atomic(stage.folder / "measurements.json", [asdict(m) for m in found if math.isfinite(m.value)])
-    write_json_atomic(
-        stage.folder / "samples.json",
-        [p | {"completions": {arm: completions[arm][i] for arm in arms}} for i, p in enumerate(prompts)],
-    )
-    stage.finish(rows=count, documents=len(scores["teacher"].documents), positions=float(scores["teacher"].counts_D.sum()))
+            engine = _load_arm(recipe, arm, folder)
+            questions = questions or _ask_teacher(recipe, engine, rows, prepared)
+            answers[arm] = _answer(recipe, engine, questions, meter)
+            costs += _sizes(arm, answers[arm].parameters, folder)
+            timed = recipe.evaluation.speed and bool(questions.texts)
+            device = engine.model.device
+            speed, peak_bytes = _time_arm(stage, arm, engine, questions) if timed else ([], 0)
+            del engine  # the last reference: the next arm must not find it in memory
+            release_memory()
+            costs += speed
+            if peak_bytes:
+                costs.append(_measured(arm, "peak_memory_bytes", peak_bytes - _held_bytes(device), "bytes"))
+    scores = {arm: answer.scores for arm, answer in answers.items()}
+    found = compare_arms(scores, recipe.evaluation.resamples, recipe.seed)
+    write_json_atomic(stage.folder / "measurements.json", [asdict(measurement) for measurement in (*found, *costs)])
+    write_json_atomic(stage.folder / "samples.json", _samples(questions.prompts if questions else [], answers))
+    stage.finish(rows=count, documents=len(scores["teacher"].documents))
 
 
-def _engine(recipe: Recipe, arm: str, folder: Path) -> LocalEngine:
+def _load_arm(recipe: Recipe, arm: str, folder: Path) -> LocalEngine:
+    """The teacher as it taught; other arms in the precision of their training, and on its device: speeds compare."""
     if arm == "teacher":
         return build.build_teacher(recipe)
     device = pick_device(recipe.teacher.device, "teacher.device")
-    return build.build_engine(str(folder), recipe.training.precision, device, arm)
+    return build.build_engine(str(folder), recipe.training.precision, device, f"evaluate ({arm})")
 
 
-def _sizes(arm: str, engine: LocalEngine, folder: Path) -> list[Measurement]:
-    parameters = sum(p.numel() for p in engine.model.parameters())
-    rows = [Measurement(arm, "parameters", "test", parameters, None, None, 1, "")]
-    if folder.is_dir():
-        rows.append(Measurement(arm, "folder_bytes", "test", folder_bytes(folder), None, None, 1, "bytes"))
-    return rows
+def _ask_teacher(recipe: Recipe, teacher: LocalEngine, rows: PackedRows, prepared: Path) -> _Questions:
+    settings = recipe.evaluation
+    lessons = list(read_lessons(teacher, rows, settings.max_rows, at_once=settings.batch_rows))
+    documents: Any = read_json(prepared / HELD_OUT)
+    prompts = make_prompts(
+        documents,
+        teacher.tokenizer,
+        count=settings.sample_prompts,
+        tokens=settings.sample_tokens,
+        longest=recipe.data.sequence_length,
+    )
+    return _Questions(_with_own_head(lessons), prompts)
+
+
+def _with_own_head(lessons: list[Lesson]) -> list[Lesson]:
+    """The lessons with a copy of the head, so that they do not keep the teacher's embeddings alive."""
+    head = lessons[0].signal.head
+    copy = head and replace(
+        head, weight_VD=head.weight_VD.clone(), bias_V=None if head.bias_V is None else head.bias_V.clone()
+    )
+    return [replace(lesson, signal=replace(lesson.signal, head=copy)) for lesson in lessons]
+
+
+def _answer(recipe: Recipe, engine: LocalEngine, questions: _Questions, meter: Meter) -> _Answers:
+    def lessons() -> Iterator[Lesson]:
+        for lesson in questions.lessons:
+            yield lesson
+            meter.advance(len(lesson.batch))
+
+    scores = score_arm(engine, lessons(), position_scores)
+    completions = engine.generate(questions.texts, Sampling(max_new_tokens=recipe.evaluation.sample_tokens))
+    return _Answers(scores, completions, count_parameters(engine.model))
+
+
+def _samples(prompts: Sequence[Prompt], answers: Mapping[str, _Answers]) -> list[dict[str, Any]]:
+    return [
+        {**asdict(prompt), "completions": {arm: answer.completions[index] for arm, answer in answers.items()}}
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def _sizes(arm: str, parameters: int, folder: Path) -> list[Measurement]:
+    found = [_measured(arm, "parameters", parameters, "")]
+    return [*found, _measured(arm, "folder_bytes", folder_bytes(folder), "bytes")] if folder.is_dir() else found
+
+
+def _measured(arm: str, name: str, value: float, unit: str) -> Measurement:
+    return Measurement(arm, name, "test", value, None, None, 1, unit)
 
 
 @torch.inference_mode()
-def _speed(arm: str, engine: LocalEngine, lesson: Lesson, prompts: list[str]) -> list[Measurement]:
-    speed = measure_speed(engine, lesson.batch, prompts, count=lambda text: len(engine.tokenizer(text)["input_ids"]))
-    return speed.measurements(arm)
+def _time_arm(stage: Stage, arm: str, engine: LocalEngine, questions: _Questions) -> tuple[list[Measurement], int]:
+    """Speed, and the largest memory in use meanwhile in bytes, 0 where that cannot be known."""
+    stage.keep_peak()
+    device = engine.model.device
+    fresh = _reset_peak(device)
+    speed = measure_speed(
+        engine,
+        questions.lessons[0].batch,
+        questions.texts,
+        count=lambda text: len(engine.tokenizer(text)["input_ids"]),
+        new_tokens=SPEED_TOKENS,
+    )
+    return speed.measurements(arm), _peak_bytes(device) if fresh else 0
+
+
+def _reset_peak(device: torch.device) -> bool:
+    """Measure peak memory from now on; False where that cannot be done."""
+    release_memory()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    return reset_peak_memory()
+
+
+def _peak_bytes(device: torch.device) -> int:
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_memory_bytes()
+
+
+def _held_bytes(device: torch.device) -> int:
+    """What is in use now."""
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else resident_memory_bytes()

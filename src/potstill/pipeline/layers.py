@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -12,67 +10,62 @@ from potstill.engines import LocalEngine, read_causal
 from potstill.errors import RecipeError
 from potstill.losses.chunked import head_logits
 from potstill.pipeline.progress import metered
-from potstill.recipes import Recipe
 from potstill.recipes.schema import LayersStudent
 from potstill.students import LayerChoice, check_layers, choose_greedily, even_layers
-from potstill.types import Head
+from potstill.types import Wants
 
-__all__ = ["choose_layers"]
+__all__ = ["choose_layers", "count_layers"]
 
 JUDGED_POSITIONS = 512
 """Positions on which candidates are compared, spread over the rows: enough to rank them, and the head is the cost."""
 
 
-def choose_layers(recipe: Recipe, spec: LayersStudent, teacher: LocalEngine, rows: PackedRows) -> LayerChoice:
-    """The layers to keep: those listed, evenly spaced ones, or the result of the greedy search on held-out rows."""
-    depth = teacher.model.config.get_text_config().num_hidden_layers
+def count_layers(spec: LayersStudent, depth: int) -> int:
+    """How many of the teacher's `depth` layers stay. Raises RecipeError where the recipe asks for others or more."""
     if not isinstance(spec.keep, str):
         check_layers(spec.keep, depth)
-        return LayerChoice(tuple(spec.keep), ())
+        return len(spec.keep)
     count = spec.count or depth
     if count > depth:
         raise RecipeError(f"student.count: {count} exceeds the teacher's {depth} layers. Use at most {depth}.")
-    if spec.keep == "even":
-        return LayerChoice(even_layers(depth, count), ())
-    return _search(recipe, spec, teacher, rows, count)
+    return count
+
+
+def choose_layers(spec: LayersStudent, teacher: LocalEngine, rows: PackedRows) -> LayerChoice:
+    """The layers to keep: those listed, evenly spaced ones, or the result of the greedy search on held-out `rows`."""
+    depth = teacher.model.config.get_text_config().num_hidden_layers
+    count = count_layers(spec, depth)
+    if spec.keep == "greedy":
+        return _search(spec, teacher, rows, count)
+    return LayerChoice(even_layers(depth, count) if spec.keep == "even" else tuple(map(int, spec.keep)), ())
 
 
 @torch.inference_mode()
-def _search(recipe: Recipe, spec: LayersStudent, teacher: LocalEngine, rows: PackedRows, count: int) -> LayerChoice:
+def _search(spec: LayersStudent, teacher: LocalEngine, rows: PackedRows, count: int) -> LayerChoice:
     batch = rows.batch(range(min(spec.search.rows, len(rows)))).to(teacher.model.device)
-    judged = batch.supervised_BT.flatten().nonzero().squeeze(-1)
-    judged = judged[:: max(1, len(judged) // JUDGED_POSITIONS)]
+    supervised_M = batch.supervised_BT.flatten().nonzero().squeeze(-1)
+    stride = max(1, len(supervised_M) // JUDGED_POSITIONS)
+    said = teacher.read(batch, Wants(final=True))
+    if said.final_ND is None or said.head is None:
+        raise ValueError("the greedy search needs the teacher's final hidden states and head")
+    head, judged_M = said.head, supervised_M[::stride]
+    log_p_NV = head_logits(said.final_ND[::stride], head).log_softmax(-1)
 
     def run() -> Tensor:
         return read_causal(teacher.model, batch)[0].flatten(0, 1)
 
-    distance = _Distance(run()[judged], _head(teacher))
+    def distance(final_MD: Tensor) -> float:
+        log_q_NV = head_logits(final_MD[judged_M], head).log_softmax(-1)
+        return float(torch.nn.functional.kl_div(log_q_NV, log_p_NV, log_target=True, reduction="sum")) / len(judged_M)
+
     depth = teacher.model.config.get_text_config().num_hidden_layers
     with metered("initialise: layers", depth - count, "layers") as meter:
         return choose_greedily(
             teacher.model,
             run,
-            lambda final_MD: distance(final_MD[judged]),
+            distance,
             count,
             shortlist=spec.search.shortlist,
             seconds=60 * spec.search.minutes,
             progress=lambda _, value: meter.advance(1, "" if value is None else f"KL {value:.2f}"),
         )
-
-
-class _Distance:
-    """Mean KL(teacher || candidate) over some positions; the teacher's side is computed once."""
-
-    def __init__(self, final_ND: Tensor, head: Head) -> None:
-        self._head = head
-        self._log_p_NV = head_logits(final_ND, head).log_softmax(-1)
-
-    def __call__(self, final_ND: Tensor) -> float:
-        log_q_NV = head_logits(final_ND, self._head).log_softmax(-1)
-        return float(torch.nn.functional.kl_div(log_q_NV, self._log_p_NV, log_target=True, reduction="sum")) / len(log_q_NV)
-
-
-def _head(teacher: LocalEngine) -> Any:
-    from potstill.engines.causal import head_of
-
-    return head_of(teacher.model).sliced(min(len(teacher.tokenizer), teacher.model.get_output_embeddings().weight.shape[0]))

@@ -5,29 +5,31 @@ Refuses to keep lines of steps that a resumed training takes again.
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from potstill.errors import MissingExtra
+from accelerate import Accelerator
 
-__all__ = ["MetricsLog", "read_metrics"]
+from potstill.errors import MissingExtra
+from potstill.pipeline.disk import write_text_atomic
+
+__all__ = ["MetricsLog", "check_trackers", "read_metrics", "start_trackers"]
 
 
 class MetricsLog:
     """Appends lines to a JSONL file; a torn last line (killed while writing) is dropped when a training continues."""
 
-    def __init__(self, path: Path, trackers: Any = None) -> None:
-        """`trackers` is an accelerate Accelerator whose trackers are initialised, or None."""
+    def __init__(self, path: Path, trackers: Accelerator | None = None) -> None:
+        """`trackers` is what `start_trackers` gave."""
         self._path, self._trackers = path, trackers
 
     def rewind(self, step: int) -> None:
         """Keep the lines up to and with `step`."""
         lines = [line for line in read_metrics(self._path) if line["step"] <= step]
-        part = self._path.with_name(f".{self._path.name}.partial")
-        part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        part.replace(self._path)
+        write_text_atomic(self._path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one step's numbers."""
@@ -36,6 +38,11 @@ class MetricsLog:
         if self._trackers is not None:
             numbers = {name: value for name, value in line.items() if name != "step"}
             self._trackers.log(numbers, step=line["step"])
+
+    def close(self) -> None:
+        """Let the trackers write what they hold back."""
+        if self._trackers is not None:
+            self._trackers.end_training()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -51,23 +58,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def start_trackers(names: list[str], run: str, folder: Path) -> Any:
-    """An accelerator with these trackers started, None without names. Raises MissingExtra for one that is not installed."""
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises MissingExtra for a tracker that is not installed."""
+    for index, name in enumerate(names):
+        if importlib.util.find_spec(name) is None:
+            raise MissingExtra(
+                f"training.trackers[{index}]: {name} is not installed. Run `pip install 'potstill[{name}]'`, "
+                "or remove it."
+            )
+
+
+def start_trackers(names: Sequence[str], run: str, folder: Path) -> Accelerator | None:
+    """An accelerator with these trackers started, None without names. Raises MissingExtra."""
     if not names:
         return None
-    from accelerate import Accelerator
-    from accelerate.tracking import is_tensorboard_available, is_trackio_available, is_wandb_available
-
-    available = {
-        "tensorboard": is_tensorboard_available,
-        "wandb": is_wandb_available,
-        "trackio": is_trackio_available,
-    }
-    for index, name in enumerate(names):
-        if not available[name]():
-            raise MissingExtra(
-                f"training.trackers[{index}]: {name} is not installed. Run `pip install 'potstill[{name}]'`, or remove it."
-            )
-    accelerator = Accelerator(log_with=names, project_dir=str(folder))
+    check_trackers(names)
+    accelerator = Accelerator(log_with=list(names), project_dir=str(folder))
     accelerator.init_trackers(run)
     return accelerator

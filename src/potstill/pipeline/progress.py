@@ -6,46 +6,48 @@ Refuses to flood a log: a line every ten seconds, and nothing for what takes les
 from __future__ import annotations
 
 import logging
+import math
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 __all__ = ["Meter", "metered"]
 
 _log = logging.getLogger("potstill")
-_QUIET_SECONDS, _LINE_SECONDS = 2.0, 10.0
+
+QUIET_SECONDS, LINE_SECONDS = 2.0, 10.0
 
 
 class Meter:
-    """Counts work done towards a total; `advance` is all that a stage needs."""
+    """Counts work done towards a total, where that is known; `advance` is all that a stage needs."""
 
-    def __init__(self, what: str, total: float, unit: str, shown: tuple[Progress, TaskID] | None) -> None:
+    def __init__(self, what: str, total: float | None, unit: str, bar: _Bar | None = None) -> None:
+        """`what` names the work, `unit` what is counted; `bar` is drawn on a terminal, without it lines are logged."""
         self.what, self.total, self.unit = what, total, unit
-        self.done, self._shown = 0.0, shown
+        self.done = self._skipped = 0.0
+        self._bar, self._note = bar, ""
         self._began = self._lined = time.monotonic()
-        self._skipped = 0.0
 
     def skip(self, amount: float) -> None:
         """Work found done already (by an earlier, interrupted run): moves the bar, not the rate."""
         self.done += amount
         self._skipped += amount
-        if self._shown:
-            self._shown[0].update(self._shown[1], completed=self.done)
+        if self._bar:
+            self._bar.show(self.done, "")
 
     def advance(self, amount: float, note: str = "") -> None:
         """`amount` more units are done; `note` says how it goes, for example `loss 1.42`."""
         self.done += amount
-        text = " · ".join(part for part in (f"{_short(self.rate)} {self.unit}/s", note) if part)
-        if self._shown:
-            self._shown[0].update(self._shown[1], completed=self.done, note=text)
-        elif time.monotonic() - self._lined >= _LINE_SECONDS:
+        self._note = note
+        if self._bar:
+            self._bar.show(self.done, self._text())
+        elif time.monotonic() - self._lined >= LINE_SECONDS:
             self._lined = time.monotonic()
-            left = (self.total - self.done) / max(self.rate, 1e-9)
-            _log.info("%s: %.0f %% · %s · %s left", self.what, 100 * self.done / self.total, text, _clock(left))
+            _log.info("%s: %s", self.what, self._line())
 
     @property
     def rate(self) -> float:
@@ -55,31 +57,68 @@ class Meter:
     def finish(self) -> None:
         """Say how long it took, if it took long enough to be noticed."""
         seconds = time.monotonic() - self._began
-        if not self._shown and seconds >= _QUIET_SECONDS:
-            _log.info("%s: done in %s · %s %s/s", self.what, _clock(seconds), _short(self.rate), self.unit)
+        if not self._bar and seconds >= QUIET_SECONDS:
+            _log.info("%s: done in %s · %s", self.what, _clock(seconds), self._text())
+
+    def _text(self) -> str:
+        return " · ".join(part for part in (f"{_short(self.rate)} {self.unit}/s", self._note) if part)
+
+    def _line(self) -> str:
+        if not self.total:
+            return f"{_short(self.done)} {self.unit} · {self._text()}"
+        left = (self.total - self.done) / self.rate if self.rate else math.inf
+        ending = f" · {_clock(left)} left" if math.isfinite(left) else ""
+        return f"{100 * self.done / self.total:.0f} % · {self._text()}{ending}"
 
 
-@contextmanager
-def metered(what: str, total: float, unit: str) -> Iterator[Meter]:
-    """A meter for `total` units of work; its bar goes away when the work is done."""
-    console = Console(stderr=True)
-    bar: Any = nullcontext()
-    if console.is_terminal:
-        bar = Progress(
+class _Bar:
+    """A bar that appears when the work has lasted long enough to be noticed, and goes when it ends."""
+
+    def __init__(self, console: Console, what: str, total: float | None) -> None:
+        self._progress = Progress(
             TextColumn("{task.description:<22}"),
             BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.percentage:>3.0f} %" if total else "{task.completed:,.0f}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
         )
-    with bar as progress:
-        shown = None if progress is None else (progress, progress.add_task(what, total=max(total, 1e-9), note=""))
-        meter = Meter(what, max(total, 1e-9), unit, shown)
+        self._task = self._progress.add_task(what, total=total, note="")
+        self._timer = threading.Timer(QUIET_SECONDS, self._start)
+        self._timer.daemon = True
+        self._turn, self._ended = threading.Lock(), False
+        self._timer.start()
+
+    def show(self, done: float, note: str) -> None:
+        self._progress.update(self._task, completed=done, note=note)
+
+    def end(self) -> None:
+        self._timer.cancel()
+        with self._turn:
+            self._ended = True
+            if self._progress.live.is_started:
+                self._progress.stop()
+
+    def _start(self) -> None:
+        with self._turn:
+            if not self._ended:
+                self._progress.start()
+
+
+@contextmanager
+def metered(what: str, total: float | None, unit: str) -> Iterator[Meter]:
+    """A meter for `total` units of work (None: nobody knows how many), shown where stderr goes."""
+    console = Console(stderr=True)
+    bar = _Bar(console, what, total) if console.is_terminal else None
+    meter = Meter(what, total, unit, bar)
+    try:
         yield meter
         meter.finish()
+    finally:
+        if bar:
+            bar.end()
 
 
 def _short(value: float) -> str:

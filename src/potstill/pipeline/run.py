@@ -1,18 +1,21 @@
 """The walk through the house: which stages are due, in order, each skipped when its manifest still matches.
 
-Refuses to run in a folder that another process uses, and to redo what is finished.
+A finished run is recognised without importing what runs models. Refuses to run in a folder that another process uses,
+and to redo what is finished.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from potstill.pipeline import build
+from potstill.errors import RecipeError
+from potstill.pipeline.disk import check_disk
+from potstill.pipeline.places import identify
 from potstill.pipeline.rundir import RunDir, Stage, StageStatus, open_run
-from potstill.pipeline.stages import STUDENT, initialise, prepare, train_arm
+from potstill.pipeline.stopping import Stopping
 from potstill.recipes import Recipe, dump_recipe, fingerprint
 
 __all__ = ["STAGES", "explain_run", "run_recipe", "stage_fingerprints"]
@@ -28,11 +31,10 @@ FREE_TRAINING_KEYS = {"checkpoint", "trackers"}
 
 def stage_fingerprints(recipe: Recipe) -> dict[str, str]:
     """What decides each stage's result: its part of the recipe, its inputs, and the stages before it."""
-    teacher = [recipe.teacher.model_dump(exclude={"device"}), build.identify(recipe.teacher.model)]
-    student = [recipe.student, build.identify(getattr(recipe.student, "model", ""))]
+    teacher = [recipe.teacher.model_dump(exclude={"device"}), identify(recipe.teacher.model)]
+    student = [recipe.student, identify(getattr(recipe.student, "model", ""))]
     training = recipe.training.model_dump(exclude=FREE_TRAINING_KEYS)
-    prompts = [recipe.evaluation.sample_prompts, recipe.evaluation.sample_tokens]
-    data = [recipe.data, build.identify(recipe.data.source), build.identify(recipe.teacher.model), recipe.seed, prompts]
+    data = [recipe.data, identify(recipe.data.source), identify(recipe.teacher.model), recipe.seed]
     found = {"prepare": fingerprint(["prepare", data])}
     found["initialise"] = fingerprint(["initialise", found["prepare"], student, teacher])
     found["train"] = fingerprint(["train", found["initialise"], training, recipe.losses])
@@ -49,22 +51,26 @@ def explain_run(recipe: Recipe) -> list[StageStatus]:
     return RunDir(recipe.folder).explain(list(stage_fingerprints(recipe).items()))
 
 
-def run_recipe(
-    recipe: Recipe, *, until: str | None = None, stopping: Callable[[], bool] = lambda: False
-) -> Path:
+def run_recipe(recipe: Recipe, *, until: str | None = None, stopping: Stopping | None = None) -> Path:
     """Run every stage that is due, up to `until` (default: all). Returns the run folder.
 
-    Raises Interrupted when `stopping()` turns true in a training, after its state is saved.
+    Raises what is wrong with the recipe before the first stage begins, and Interrupted when `stopping` is asked to
+    while a training runs, after its state is saved.
     """
     fingerprints = stage_fingerprints(recipe)
+    if until is not None and until not in fingerprints:
+        raise RecipeError(f"{until}.enabled: false, so there is no such stage. Set it to true.")
     names = list(fingerprints)
     wanted = names if until is None else names[: names.index(until) + 1]
-    build.check_losses(recipe)
     with open_run(recipe.folder, dump_recipe(recipe)) as run:
         due = _report_states(run, [(name, fingerprints[name]) for name in wanted])
-        walk = _Walk(recipe, run.folder, stopping)
+        if not due:
+            _log.info("all done before: nothing to do")
+            return recipe.folder
+        walk = _Walk(recipe, run.folder, stopping or Stopping(), _stage_bytes(recipe, due))
         for name in wanted:
             if name in due:
+                check_disk(run.folder, walk.needed_bytes.get(name, 0), f"the stage {name}")
                 with run.stage(name, fingerprints[name], seed=recipe.seed) as stage:
                     walk.work(name, stage)
                     manifest = run.manifest(name)
@@ -76,35 +82,58 @@ def run_recipe(
 class _Walk:
     recipe: Recipe
     folder: Path
-    stopping: Callable[[], bool]
+    stopping: Stopping
+    needed_bytes: Mapping[str, int]
 
     def work(self, name: str, stage: Stage) -> None:
         """Do one stage."""
-        # Imported when reached: evaluation and report bring libraries that a training need not wait for.
-        from potstill.pipeline.judge import evaluate
-        from potstill.pipeline.telling import report
-
-        prepared, initial = self.folder / "prepare", self.folder / "initialise"
+        # Imported when reached: a finished run must be recognised without waiting for torch.
         match name:
             case "prepare":
+                from potstill.pipeline.stages import prepare
+
                 prepare(self.recipe, stage)
             case "initialise":
-                initialise(self.recipe, stage, prepared)
-            case "train":
-                train_arm(self.recipe, stage, (prepared, initial), "student", self.stopping)
-            case "control":
-                train_arm(self.recipe, stage, (prepared, initial), "control", self.stopping)
+                from potstill.pipeline.stages import initialise
+
+                initialise(self.recipe, stage, self.folder / "prepare")
+            case "train" | "control":
+                self._train(name, stage)
             case "evaluate":
-                evaluate(self.recipe, stage, prepared, self._arms())
+                from potstill.pipeline.judge import evaluate
+
+                evaluate(self.recipe, stage, self.folder / "prepare", self._arms())
             case "report":
+                from potstill.pipeline.telling import report
+
                 report(self.recipe, stage, self.folder)
 
+    def _train(self, name: str, stage: Stage) -> None:
+        from potstill.pipeline.arms import Inputs, train_arm
+
+        initial: Mapping[str, object] = RunDir(self.folder).manifest("initialise").facts
+        vocabulary = int(str(initial["vocabulary"]))
+        inputs = Inputs(self.folder / "prepare", self.folder / "initialise", vocabulary)
+        train_arm(self.recipe, stage, inputs, "student" if name == "train" else "control", stopping=self.stopping)
+
     def _arms(self) -> Mapping[str, Path]:
-        teacher = Path(build.resolve_model(self.recipe.teacher.model, "teacher.model"))
+        from potstill.pipeline.places import resolve_model
+        from potstill.pipeline.stages import STUDENT
+
+        teacher = Path(resolve_model(self.recipe.teacher.model, "teacher.model"))
         arms = {"teacher": teacher, "untrained": self.folder / "initialise" / STUDENT}
         if self.recipe.control.enabled:
             arms["control"] = self.folder / "control" / STUDENT
         return arms | {"student": self.folder / "train" / STUDENT}
+
+
+def _stage_bytes(recipe: Recipe, due: set[str]) -> Mapping[str, int]:
+    """Check the recipe as far as possible without weights; then what each stage needs on the disk."""
+    if due == {"report"}:
+        return {}
+    from potstill.pipeline.inspection import inspect_recipe, stage_bytes
+
+    return stage_bytes(recipe, inspect_recipe(recipe))
 
 
 def _report_states(run: RunDir, stages: Sequence[tuple[str, str]]) -> set[str]:

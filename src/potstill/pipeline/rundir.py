@@ -16,7 +16,6 @@ import hashlib
 import os
 import platform
 import socket
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -39,6 +38,7 @@ from potstill.pipeline.disk import (
     write_text_atomic,
     writing,
 )
+from potstill.pipeline.memory import peak_memory_bytes, reset_peak_memory
 
 __all__ = [
     "Manifest",
@@ -47,15 +47,14 @@ __all__ = [
     "Stage",
     "StageStatus",
     "State",
+    "check_unlocked",
     "open_run",
-    "peak_memory_bytes",
-    "reset_peak_memory",
 ]
 
 HASHED_BYTES = 64 * 2**20
 """Outputs up to this size are verified by content, larger ones by size: models are too big to hash at every start."""
 
-MANIFEST, STARTED, OWNER = "manifest.json", "started.json", ".owner.json"
+MANIFEST, STARTED, OWNER, LOCK = "manifest.json", "started.json", ".owner.json", ".lock"
 PACKAGES = ("potstill", "torch", "transformers", "accelerate", "datasets", "safetensors", "numpy")
 
 State = Literal["done", "stale", "missing", "partial", "damaged"]
@@ -215,6 +214,11 @@ class Stage:
         self._record = {"stage": folder.name, "fingerprint": fingerprint, "inputs": inputs, "seed": seed}
         self._attempts = attempts
         self._began_s = time.monotonic()
+        self._peak_bytes = 0
+
+    def keep_peak(self) -> None:
+        """Counts the peak memory so far: call it before measuring some part's peak anew."""
+        self._peak_bytes = max(self._peak_bytes, peak_memory_bytes())
 
     def finish(self, *outputs: str, **facts: JsonValue) -> Manifest:
         """Writes the manifest: from now on the stage is done.
@@ -223,6 +227,7 @@ class Stage:
         means everything in the folder. Leave out what only a resume needs, such as checkpoints. `facts` are the
         stage's numbers (JSON; no NaN). Raises RunError if an output is not there or the manifest cannot be written.
         """
+        self.keep_peak()
         with writing(self.folder):
             sync_tree(self.folder)  # else a power cut could keep the manifest and lose what it vouches for
             files = {name: _measure(self.folder / name) for name in _files(self.folder, outputs)}
@@ -232,7 +237,7 @@ class Stage:
                 versions=_versions(),
                 attempts=self._attempts,
                 wall_s=time.monotonic() - self._began_s,
-                peak_rss_bytes=peak_memory_bytes(),
+                peak_rss_bytes=self._peak_bytes,
                 finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
                 facts=facts,
             )
@@ -256,34 +261,10 @@ def open_run(folder: str | Path, recipe_yaml: str) -> Iterator[RunDir]:
         yield run
 
 
-def reset_peak_memory() -> bool:
-    """Measures peak memory from now on. False where the system refuses: then it counts from the process's start."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return False
-    return True
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident memory of this process since `reset_peak_memory`, in bytes; 0 where it is not to be had."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        status = ""
-    for line in status.splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return _peak_since_start()
-
-
-def _peak_since_start() -> int:
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    unit_bytes = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
+def check_unlocked(folder: Path) -> None:
+    """Raises RunError if another process works in this run folder now; makes no file."""
+    if (folder / LOCK).exists():
+        _lock(folder).release()
 
 
 @contextmanager
@@ -300,7 +281,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path) -> BaseFileLock:
-    lock = FileLock(folder / ".lock", timeout=0)
+    lock = FileLock(folder / LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout:

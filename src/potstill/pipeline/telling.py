@@ -15,7 +15,9 @@ import torch
 
 from potstill.pipeline.disk import read_json
 from potstill.pipeline.metrics import read_metrics
+from potstill.pipeline.run import stage_fingerprints
 from potstill.pipeline.rundir import RunDir, Stage
+from potstill.pipeline.stages import STUDENT
 from potstill.recipes import Recipe, dump_recipe
 from potstill.recipes.schema import FreshStudent, LayersStudent
 from potstill.report import CurvePoint, DataFacts, Sample, StageCost, Story, write_card, write_report
@@ -32,7 +34,7 @@ def report(recipe: Recipe, stage: Stage, folder: Path) -> None:
     """Write the page into the stage's folder and the model card into the student's."""
     story = tell(recipe, folder)
     write_report(story, stage.folder)
-    write_card(story, folder / "train" / "student")
+    write_card(story, folder / "train" / STUDENT)
     stage.finish(page=str(stage.folder / "index.html"))
 
 
@@ -41,11 +43,8 @@ def tell(recipe: Recipe, folder: Path) -> Story:
     run = RunDir(folder)
     measurements: Any = read_json(folder / "evaluate" / "measurements.json")
     samples: Any = read_json(folder / "evaluate" / "samples.json")
-    stages = [name for name in ("prepare", "initialise", "train", "control", "evaluate") if (folder / name).exists()]
-    if not recipe.control.enabled and "control" in stages:
-        stages.remove("control")
-    manifests = {name: run.manifest(name) for name in stages}
-    arms = {arm: name for arm, name in ARM_STAGES.items() if name in stages}
+    manifests = {name: run.manifest(name) for name in stage_fingerprints(recipe) if name != "report"}
+    arms = {arm: name for arm, name in ARM_STAGES.items() if name in manifests}
     return Story(
         title=recipe.report.title or recipe.name,
         description=recipe.description,

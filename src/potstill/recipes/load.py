@@ -286,16 +286,18 @@ def _put(node: Any, path: tuple[str | int, ...], value: Any, name: str, *, at: t
 def _fresh(at: tuple[str | int, ...]) -> dict[str, Any]:
     """What an absent mapping starts as: empty, or of the kind that the schema would have put there."""
     model: type[BaseModel] = Recipe
+    kind: str | None = None
     for part in at:
         field = model.model_fields.get(str(part))
-        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            model = field.annotation
-        elif field is not None and isinstance(field.default, BaseModel):
-            model = type(field.default)
+        if field is None:
+            return {}
+        if isinstance(field.default, BaseModel):
+            model, kind = type(field.default), getattr(field.default, "kind", None)
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            model, kind = field.annotation, None
         else:
             return {}
-    kind = model.model_fields.get("kind")
-    return {} if kind is None or kind.is_required() else {"kind": kind.default}
+    return {} if kind is None else {"kind": kind}
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from potstill.recipes.numbers import Count, Fraction, Layer, Positive, Real, Share, Whole
+
 __all__ = [
     "CausalConfig",
     "ConstantSchedule",
@@ -36,9 +38,6 @@ __all__ = [
     "WSDSchedule",
 ]
 
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(ge=1)]
 Precision = Literal["bf16", "fp32"]
 
 
@@ -49,10 +48,18 @@ class _Part(BaseModel):
 class Splits(_Part):
     """Shares of the documents that are held out. The rest is for training."""
 
-    validation: Fraction = 0.02
+    validation: Share = 0.02
     """Share of documents for validation: layer search and loss curves."""
-    test: Fraction = 0.03
+    test: Share = 0.03
     """Share of documents for the final evaluation. Nothing else ever sees them."""
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> Splits:
+        if self.validation + self.test >= 1.0:
+            raise ValueError(
+                f"validation {self.validation} + test {self.test} leave no document to train on; lower one of them"
+            )
+        return self
 
 
 class Data(_Part):
@@ -70,9 +77,10 @@ class Data(_Part):
     """Name of the column that holds chat messages; used where a row has it."""
     max_documents: Count | None = None
     """Read at most so many documents."""
-    sequence_length: Annotated[int, Field(ge=8)] = 512
+    sequence_length: Annotated[Whole, Field(ge=8, le=2**24)] = 512
     """Tokens a packed row holds."""
     splits: Splits = Splits()
+    """Which documents are held out: by content, so that equal documents share a split."""
 
 
 class LocalTeacher(_Part):
@@ -102,11 +110,12 @@ class LayersStudent(_Part):
     """Some of the teacher's layers, with its embeddings, final norm and head."""
 
     kind: Literal["layers"]
-    keep: Literal["greedy", "even"] | list[Annotated[int, Field(ge=0)]] = "greedy"
+    keep: Literal["greedy", "even"] | list[Layer] = "greedy"
     """0-based layer numbers, or `even`, or `greedy` (remove one by one the layer whose loss hurts least)."""
     count: Count | None = None
     """How many layers stay; needed for `greedy` and `even`."""
     search: Search = Search()
+    """Budget of `greedy`."""
 
     @model_validator(mode="after")
     def _count_goes_with_rule(self) -> LayersStudent:
@@ -134,11 +143,17 @@ class CausalConfig(_Part):
     """Sizes of a fresh student; whatever is not named is taken from the teacher's config."""
 
     num_hidden_layers: Count | None = None
+    """Blocks."""
     hidden_size: Count | None = None
+    """Width of the residual stream."""
     intermediate_size: Count | None = None
+    """Width of the feed-forward layers."""
     num_attention_heads: Count | None = None
+    """Heads of a block; must divide hidden_size."""
     num_key_value_heads: Count | None = None
+    """Key-value heads of a block (grouped queries); must divide num_attention_heads."""
     tie_word_embeddings: bool | None = None
+    """Whether the head is the embedding matrix."""
 
 
 class FreshStudent(_Part):
@@ -146,6 +161,7 @@ class FreshStudent(_Part):
 
     kind: Literal["config"]
     config: CausalConfig = CausalConfig()
+    """Its sizes."""
 
 
 Student = Annotated[LayersStudent | PretrainedStudent | FreshStudent, Field(discriminator="kind")]
@@ -182,7 +198,7 @@ class CrossEntropy(_Term):
 
 
 class _LayerTerm(_Term):
-    layers: dict[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | Literal["even", "last"] = "last"
+    layers: dict[Layer, Layer] | Literal["even", "last"] = "last"
     """{student layer: teacher layer}, 0 being the embeddings' output and i the output of block i. `even` spreads all
     student layers over the teacher's; `last` matches the last ones."""
 
@@ -210,8 +226,9 @@ class _Schedule(_Part):
 class CosineSchedule(_Schedule):
     """Half a cosine from the peak down to `final` times the peak."""
 
-    kind: Literal["cosine"] = "cosine"
-    final: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    kind: Literal["cosine"]
+    final: Annotated[Real, Field(ge=0.0, le=1.0)] = 0.1
+    """Share of the peak rate that is left at the end."""
 
 
 class ConstantSchedule(_Schedule):
@@ -224,8 +241,10 @@ class WSDSchedule(_Schedule):
     """Warm-up, stable, decay: linear decay to `final` times the peak over the last `decay` share of the steps."""
 
     kind: Literal["wsd"]
-    decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
-    final: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    decay: Annotated[Real, Field(gt=0.0, le=1.0)] = 0.2
+    """Share of the steps over which the rate falls."""
+    final: Annotated[Real, Field(ge=0.0, le=1.0)] = 0.0
+    """Share of the peak rate that is left at the end."""
 
     @model_validator(mode="after")
     def _phases_fit(self) -> WSDSchedule:
@@ -241,7 +260,9 @@ class Checkpoints(_Part):
     """When the training state is saved, so that nothing is lost."""
 
     every_minutes: Positive | None = 5.0
+    """Wall time between checkpoints; null for none by time."""
     every_steps: Count | None = None
+    """Steps between checkpoints; null for none by steps."""
     keep: Count = 2
     """Older ones are deleted. With 2, a damaged newest one costs one interval, not the run."""
 
@@ -249,32 +270,42 @@ class Checkpoints(_Part):
 class Training(_Part):
     """One optimiser, one schedule, one loop. Give exactly one of tokens, steps, epochs."""
 
-    tokens: Positive | None = None
+    tokens: Annotated[Real, Field(gt=0.0, le=1e18)] | None = None
     """Stop after so many packed positions (a batch has rows x sequence_length of them). 3e12 is a number here."""
     steps: Count | None = None
-    epochs: Positive | None = None
+    """Stop after so many optimiser steps."""
+    epochs: Annotated[Real, Field(gt=0.0, le=1e6)] | None = None
+    """Stop when every row was seen so many times."""
     batch_rows: Count = 8
     """Packed rows per optimiser step, over all devices."""
     micro_batch_rows: Count | None = None
     """Rows that go through the model at once; the rest accumulates. Default: batch_rows."""
     learning_rate: Positive = 5e-4
-    schedule: Schedule = CosineSchedule()
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """Its peak, which the schedule scales."""
+    schedule: Schedule = CosineSchedule(kind="cosine")
+    """How the learning rate goes over the steps."""
+    weight_decay: Annotated[Real, Field(ge=0.0)] = 0.01
     """Of matrices only; norms and biases are not decayed."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
     eps: Positive = 1e-8
+    """AdamW's addition to the denominator."""
     clip_norm: Positive | None = 1.0
     """Largest global gradient norm; null switches clipping off."""
     precision: Precision = "bf16"
     """bf16: autocast over fp32 master weights. fp32: everything in fp32."""
     gradient_checkpointing: bool = False
-    compile: bool = False
-    """Compile the student's layers (torch.compile): a slower start, faster steps."""
+    """Compute activations twice instead of keeping them: a third slower, much less memory."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the blocks of student and teacher (torch.compile): a slower start, faster steps. `auto`: where it pays."""
     device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
     validate_every: Count | None = None
     """Steps between validation losses; default: about ten times in the run."""
     validation_rows: Count = 8
+    """Held-out rows on which the validation losses are computed."""
     checkpoint: Checkpoints = Checkpoints()
+    """When the training state is saved."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Beside metrics.jsonl, which is always written."""
 
@@ -309,19 +340,22 @@ class Evaluation(_Part):
     max_rows: Count | None = 128
     """Packed held-out rows to score; null for all."""
     batch_rows: Count = 8
-    resamples: Annotated[int, Field(ge=100)] = 2000
+    """Rows read at once."""
+    resamples: Annotated[Whole, Field(ge=100, le=10**6)] = 2000
     """Bootstrap resamples over documents."""
-    sample_prompts: Annotated[int, Field(ge=0)] = 4
+    sample_prompts: Annotated[Whole, Field(ge=0, le=64)] = 4
     """Held-out documents whose beginnings every arm continues greedily, side by side in the report."""
-    sample_tokens: Count = 48
+    sample_tokens: Annotated[Whole, Field(ge=1, le=4096)] = 48
+    """Tokens of a prompt that is cut from a text, and of every continuation."""
     speed: bool = True
-    """Measure prefill and decode tokens/s of every arm."""
+    """Measure prefill and decode tokens/s, and the memory they take, of every arm; needs prompts."""
 
 
 class Report(_Part):
     """The page."""
 
     title: str | None = None
+    """What it is called; default: the name."""
 
 
 class Recipe(_Part):
@@ -330,7 +364,9 @@ class Recipe(_Part):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the run; letters, digits, dot, dash, underscore."""
     description: str = ""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """What it is for, in a sentence; stands in the report."""
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0
+    """Of everything that is random: splits, order, initial weights."""
     run_dir: Path | None = None
     """Where the run lives. Default: runs/NAME."""
     data: Data

@@ -74,7 +74,8 @@ METRICS = tuple(
         ("decode_tokens_per_s", "Decode speed", "rate", "higher",
          "Tokens written per second on this machine, in evaluation."),
         ("peak_memory_bytes", "Peak memory", "bytes", "lower",
-         "Largest memory held while the speed of the arm was measured (1 GB = 10^9 bytes)."),
+         "What the arm itself needed while its speed was measured (weights, caches, activations of one batch): the "
+         "peak of the process meanwhile, minus what it held once the arm was unloaded. On a GPU, the GPU's memory."),
     )
 )  # fmt: skip
 """All quantities of an arm, in the order of the tables."""

@@ -13,9 +13,10 @@ __all__ = ["shared_vocabulary"]
 
 
 def shared_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any) -> int:
-    """The number of tokens that both know by the same numbers; heads padded beyond it are cut there.
+    """One more than the highest token number, when both know the same tokens by the same numbers.
 
-    Raises VocabularyMismatch naming the first token number that differs, or the first that only one of them has.
+    Heads padded beyond it are cut there; a number that neither uses may lie below it. Raises VocabularyMismatch naming
+    the first number whose token differs or is known to one of them only, or when both have chat templates that differ.
     """
     teacher, student = _tokens_by_number(teacher_tokenizer), _tokens_by_number(student_tokenizer)
     size = max((*teacher, *student), default=-1) + 1
@@ -30,8 +31,8 @@ def shared_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any) -> int:
     templates = [getattr(tokenizer, "chat_template", None) for tokenizer in (teacher_tokenizer, student_tokenizer)]
     if all(templates) and templates[0] != templates[1]:
         raise VocabularyMismatch(
-            "student.model: its chat template differs from the teacher's, so that both would see different texts. Use a "
-            "student of the teacher's family, or give it the teacher's chat template."
+            "student.model: its chat template differs from the teacher's, so that both would see different texts. Use "
+            "a student of the teacher's family, or give it the teacher's chat template."
         )
     return size
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from potstill.errors import ModelError
 
-__all__ = ["Given", "find_blocks", "replaced_blocks"]
+__all__ = ["Given", "find_blocks", "pick_layers", "replaced_blocks"]
 
 
 def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
@@ -29,7 +29,7 @@ def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
 
 
 class Given(nn.Module):
-    """A block that says what was computed before, whatever it is asked. Otherwise looks like the block it stands for."""
+    """A block that says what was computed before, whatever it is asked; else it looks like the block it stands for."""
 
     def __init__(self, hidden_BTD: Tensor, like: nn.Module) -> None:
         super().__init__()
@@ -52,23 +52,39 @@ class Given(nn.Module):
 def replaced_blocks(model: Any, blocks: Sequence[nn.Module], kinds: Sequence[int]) -> Iterator[None]:
     """Run `model` with these blocks instead of its own. `kinds[i]` is the original layer whose type block i has.
 
-    Configs that list a type per layer (sliding or full attention) are cut alike, since models read them by position.
+    Whatever the config lists layer by layer is cut alike, since models read it by position. All is put back at the end.
     """
     name, original = find_blocks(model)
     parent = model.get_submodule(name.rpartition(".")[0])
     attribute = name.rpartition(".")[2]
     config = model.config.get_text_config()
-    before = {key: getattr(config, key, None) for key in ("num_hidden_layers", "layer_types")}
+    names = ("num_hidden_layers", *_lists_by_layer(config))
+    before = {key: getattr(config, key) for key in names}
     setattr(parent, attribute, nn.ModuleList(blocks))
     try:
-        _set(config, len(blocks), before["layer_types"] and [before["layer_types"][kind] for kind in kinds])
+        pick_layers(config, kinds)
         yield
     finally:
         setattr(parent, attribute, original)
-        _set(config, before["num_hidden_layers"], before["layer_types"])
+        for key, value in before.items():
+            setattr(config, key, value)
 
 
-def _set(config: Any, depth: int, layer_types: list[str] | None) -> None:
-    config.num_hidden_layers = depth
-    if layer_types is not None:
-        config.layer_types = layer_types
+def pick_layers(config: Any, kinds: Sequence[int]) -> None:
+    """Give a text config `len(kinds)` layers, layer i with all that it listed for layer `kinds[i]`.
+
+    Such lists say which layers slide (`layer_types`), have no rotary positions (`no_rope_layers`), and so on.
+    """
+    for key in _lists_by_layer(config):
+        values = getattr(config, key)
+        setattr(config, key, [values[kind] for kind in kinds])
+    config.num_hidden_layers = len(kinds)
+
+
+def _lists_by_layer(config: Any) -> list[str]:
+    """Names of the config's lists that have one entry for each layer."""
+    return [
+        key
+        for key, value in vars(config).items()
+        if "layer" in key and isinstance(value, list) and len(value) == config.num_hidden_layers
+    ]

@@ -5,8 +5,10 @@ Refuses to look at anything but the rows it is given; the hallway gives held-out
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +32,10 @@ class LayerChoice:
 
 
 def even_layers(total: int, count: int) -> tuple[int, ...]:
-    """`count` of `total` layers evenly spaced, the first and the last among them (for 1, the first)."""
+    """`count` of `total` layers evenly spaced, ascending, the first and the last among them (for 1, the first).
+
+    With more than `total` some come more than once, as a map of a deep model on a shallow one needs it.
+    """
     if count == 1:
         return (0,)
     return tuple(round(i * (total - 1) / (count - 1)) for i in range(count))
@@ -45,7 +50,7 @@ def choose_greedily(
     *,
     shortlist: int,
     seconds: float,
-    progress: Callable[[int, float | None], None] = lambda removed, value: None,
+    progress: Callable[[int, float | None], None] = lambda _removed, _value: None,
 ) -> LayerChoice:
     """Remove layers until `count` are left, each time the one whose removal leaves the smallest distance.
 
@@ -53,26 +58,36 @@ def choose_greedily(
     these are from the teacher's. The first round tries every layer, later ones the `shortlist` layers whose removal
     raised the distance least when last tried. Each try starts at the removed layer's own input: what comes before it
     does not change. When `seconds` are over, the rest goes by what is known: the last rise seen, or before the first
-    round is through, block influence, 1 - cosine of a block's input and output (Men et al. 2024, arXiv:2403.03853, eq. 1).
+    round is through, block influence, 1 - cosine of a block's input and output (Men et al. 2024, arXiv:2403.03853,
+    eq. 1). `progress` hears of every removal: how many so far, and the distance or None.
     """
     _, blocks = find_blocks(model)
-    kept, removed = list(range(len(blocks))), []
+    kept = list(range(len(blocks)))
+    removed: list[tuple[int, float | None]] = []
     rises: dict[int, float] = {}
     reached, until = 0.0, time.monotonic() + seconds
-    while len(kept) > count:
+    while len(kept) > count and time.monotonic() < until:
         inputs = _block_inputs(model, blocks, kept, run)
-        known = sorted(range(len(kept)), key=lambda i: rises[kept[i]]) if rises else None
+        candidates = sorted(kept, key=rises.__getitem__)[:shortlist] if rises else kept
         values: dict[int, float] = {}
-        for i in known[:shortlist] if known else range(len(kept)):
+        for layer in candidates:
             if time.monotonic() < until:
-                values[i] = distance(_run_without(model, blocks, kept, (i, inputs[i]), run))
-        if time.monotonic() < until:
-            rises |= {kept[i]: value - reached for i, value in values.items()}
-            reached, i = min((value, i) for i, value in values.items())
-        else:
-            i = known[0] if known else _by_influence(inputs)[0]
-        removed.append((kept.pop(i), values.get(i)))
-        progress(len(removed), values.get(i))
+                i = kept.index(layer)
+                later = [Given(inputs[i], blocks[layer]), *(blocks[other] for other in kept[i + 1 :])]
+                values[layer] = _comparable(distance(_run_with(model, later, kept[i:], run)))
+        if len(values) < len(candidates):
+            break  # judging half a round would favour the layers that were tried first
+        rises |= {layer: value - reached for layer, value in values.items()}
+        reached, worst = min((value, layer) for layer, value in values.items())
+        kept.remove(worst)
+        removed.append((worst, reached))
+        progress(len(removed), reached)
+    if len(kept) > count and not rises:
+        rises = _influences(_block_inputs(model, blocks, kept, run))
+    for layer in sorted(kept, key=rises.__getitem__)[: max(0, len(kept) - count)] if rises else ():
+        kept.remove(layer)
+        removed.append((layer, None))
+        progress(len(removed), None)
     return LayerChoice(tuple(kept), tuple(removed))
 
 
@@ -91,24 +106,24 @@ def _block_inputs(model: Any, blocks: nn.ModuleList, kept: list[int], run: Calla
     return seen
 
 
-def _run_without(
-    model: Any, blocks: nn.ModuleList, kept: list[int], skipped: tuple[int, Tensor], run: Callable[[], Tensor]
-) -> Tensor:
-    """Final hidden states without the block at position i of `kept`, starting from what that block was given."""
-    i, input_BTD = skipped
-    later = [blocks[layer] for layer in kept[i + 1 :]]
-    with replaced_blocks(model, [Given(input_BTD, blocks[kept[i]]), *later], kept[i:]):
+def _run_with(model: Any, blocks: Sequence[nn.Module], kinds: Sequence[int], run: Callable[[], Tensor]) -> Tensor:
+    with replaced_blocks(model, blocks, kinds):
         return run()
 
 
-def _by_influence(inputs: list[Tensor]) -> list[int]:
-    """Positions of blocks, those first that turn their input least."""
-    cosines = [
-        nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).mean().item()
-        for before, after in zip(inputs, inputs[1:], strict=False)
-    ]
-    return sorted(range(len(cosines)), key=lambda i: -cosines[i])
+def _influences(inputs: list[Tensor]) -> dict[int, float]:
+    """1 - cosine of what goes into each block and what comes out, averaged over positions."""
+    return {
+        layer: 1.0 - nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).mean().item()
+        for layer, (before, after) in enumerate(itertools.pairwise(inputs))
+    }
+
+
+def _comparable(distance: float) -> float:
+    """NaN is neither more nor less than another number, but a model that gives it is the worst."""
+    return math.inf if math.isnan(distance) else distance
 
 
 def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first

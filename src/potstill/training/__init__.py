@@ -3,7 +3,7 @@
 from potstill.training.checkpoint import CheckpointStore
 from potstill.training.loop import Callbacks, Plan, Training, train
 from potstill.training.schedule import learning_rate_factor
-from potstill.training.sources import RowSource, Rows
+from potstill.training.sources import Rows, RowSource
 
 __all__ = [
     "Callbacks",

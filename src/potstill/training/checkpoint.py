@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,46 +19,56 @@ from typing import Any
 import numpy as np
 import torch
 
-from potstill.errors import CheckpointError
+from potstill.errors import CheckpointError, RunError
 
 __all__ = ["CheckpointStore", "random_state", "restore_random_state"]
 
 _log = logging.getLogger(__name__)
 
+_NAME = re.compile(r"step-(\d{9,})")
+
 
 class CheckpointStore:
-    """Checkpoints `step-N` of one training under a folder, the newest `keep` of them."""
+    """Checkpoints `step-N` of one training under a folder, the newest `keep` of them.
+
+    What is being written or deleted is called `part-N`, so that a `step-N` cut short by a crash cannot come about.
+    """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
-        """`folder` is created when the first checkpoint is saved."""
+        """`folder` is created when the first checkpoint is saved; `keep` is at least 1."""
         self.folder, self.keep = folder, keep
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Write `state` (nested dicts and lists of tensors and plain values) as the checkpoint after `step` steps."""
-        final = self.folder / f"step-{step:09d}"
-        part = self.folder / f"part-{step:09d}"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        with (part / "state.pt").open("wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        note = {"step": step, "bytes": (part / "state.pt").stat().st_size, "blake2b": _hash(part / "state.pt")}
-        with (part / "checkpoint.json").open("w") as file:
-            json.dump(note, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if final.exists():
-            shutil.rmtree(final)
-        part.rename(final)
-        _sync_folder(self.folder)
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.folder / f"step-{old:09d}")
+        """Write `state` (nested dicts and lists of tensors and plain values) as the checkpoint after `step` steps.
+
+        A whole checkpoint of that step is left as it is: exact training comes to the same state. Raises RunError where
+        the disk is full or the folder cannot be written; the checkpoints before stay.
+        """
+        final, part = self._path(step), self._part(step)
+        if final.exists() and _damage(final) is None:
+            return final
+        try:
+            self._clear_parts()
+            _write(part, step, state)
+            if final.exists():
+                shutil.rmtree(final)
+            part.rename(final)
+            _sync_folder(self.folder)
+            for old in self.steps()[: -self.keep]:
+                self._delete(old)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            shutil.rmtree(part, ignore_errors=True)
+            reason = str(error).partition("\n")[0]
+            raise RunError(
+                f"training.checkpoint: the state after step {step} cannot be written to {self.folder} ({reason}). "
+                "Free some space or permit writing, and run the same command again."
+            ) from error
         return final
 
     def steps(self) -> list[int]:
         """Steps that a checkpoint exists of, ascending; whole or not."""
-        return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
+        matches = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*"))
+        return sorted(int(match[1]) for match in matches if match)
 
     def load_newest(self) -> tuple[int, dict[str, Any]] | None:
         """(step, state) of the newest whole checkpoint, None where there is none at all.
@@ -67,23 +78,41 @@ class CheckpointStore:
         """
         steps = self.steps()
         for step in reversed(steps):
-            path = self.folder / f"step-{step:09d}"
+            path = self._path(step)
             reason = _damage(path)
             if reason is None:
                 return step, torch.load(path / "state.pt", map_location="cpu", weights_only=True)
             _log.warning("checkpoint %s is damaged (%s): falling back to the one before", path, reason)
-            shutil.rmtree(self.folder / f"damaged-{step:09d}", ignore_errors=True)
-            path.rename(self.folder / f"damaged-{step:09d}")
+            aside = self.folder / f"damaged-{step:09d}"
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
         if steps:
             raise CheckpointError(
-                f"training.checkpoint: none of the {len(steps)} checkpoints in {self.folder} is whole. They are set aside "
-                "as damaged-*; run the same command again to train from the start."
+                f"training.checkpoint: none of the {len(steps)} checkpoints in {self.folder} is whole. They are set "
+                "aside as damaged-*; run the same command again to train from the start."
             )
         return None
 
     def clear(self) -> None:
-        """Delete all checkpoints: the training is finished and its student saved."""
+        """Delete all checkpoints, the oldest first: the training is finished and its student saved."""
+        for step in self.steps():
+            self._delete(step)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:09d}"
+
+    def _part(self, step: int) -> Path:
+        return self.folder / f"part-{step:09d}"
+
+    def _delete(self, step: int) -> None:
+        shutil.rmtree(self._part(step), ignore_errors=True)
+        shutil.rmtree(self._path(step).rename(self._part(step)))
+
+    def _clear_parts(self) -> None:
+        """Delete what crashes left of writing and deleting."""
+        for left in self.folder.glob("part-*"):
+            shutil.rmtree(left)
 
 
 def random_state() -> dict[str, Any]:
@@ -109,10 +138,25 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def _write(part: Path, step: int, state: Mapping[str, Any]) -> None:
+    """Write the state and a note of its size and hash, all of it on the disk when this returns."""
+    part.mkdir(parents=True)
+    with (part / "state.pt").open("wb") as file:
+        torch.save(dict(state), file)
+        file.flush()
+        os.fsync(file.fileno())
+    note = {"step": step, "bytes": (part / "state.pt").stat().st_size, "blake2b": _hash(part / "state.pt")}
+    with (part / "checkpoint.json").open("w", encoding="utf-8") as file:
+        json.dump(note, file)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(part)
+
+
 def _damage(path: Path) -> str | None:
     """Why this checkpoint is not whole, None if it is."""
     try:
-        note = json.loads((path / "checkpoint.json").read_text())
+        note = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
         size = (path / "state.pt").stat().st_size
         if size != note["bytes"]:
             return f"state.pt has {size} bytes, {note['bytes']} were written"

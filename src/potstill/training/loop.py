@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from potstill.errors import Interrupted, NonFiniteError
 from potstill.training.checkpoint import CheckpointStore, random_state, restore_random_state
 from potstill.types import Batch, Lesson, LessonSource, StudentView
 
-__all__ = ["Callbacks", "Objective", "Plan", "Training", "train"]
+__all__ = ["Callbacks", "Objective", "Plan", "Progress", "Training", "train"]
 
 
 class Objective(Protocol):
@@ -42,9 +42,13 @@ class Objective(Protocol):
         """What the losses learn themselves."""
         ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """What the losses have learned."""
+        ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> Any: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> Any:
+        """Continue with what `state_dict` gave."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +70,22 @@ class Plan:
 class Callbacks:
     """The loop's only ways out: a line of metrics after a step, and the question whether to stop now."""
 
-    log: Callable[[dict[str, Any]], None] = lambda line: None
+    log: Callable[[dict[str, Any]], None] = lambda _: None
     stopping: Callable[[], bool] = lambda: False
-    rewind: Callable[[int], None] = lambda step: None
+    rewind: Callable[[int], None] = lambda _: None
 
 
-@dataclass(slots=True)
+class Progress:
+    """How far a training is: all of it that is neither weights nor a module's state."""
+
+    def __init__(self) -> None:
+        """At the start."""
+        self.step, self.seconds, self.positions = 0, 0.0, 0
+
+
+@dataclass(frozen=True, slots=True)
 class Training:
-    """All that changes while training. `step` counts finished optimiser steps.
+    """All that takes part in a training. The objects in it learn; which objects they are never changes.
 
     `examiner` is the objective of the validation lessons, the same for every arm, so that their curves compare.
     """
@@ -84,75 +96,96 @@ class Training:
     accelerator: Accelerator
     validation: Sequence[Lesson] = ()
     examiner: Objective | None = None
-    step: int = 0
-    seconds: float = 0.0
-    positions: int = 0
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def step(self) -> int:
+        """Finished optimiser steps."""
+        return self.progress.step
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the finished steps, over all resumptions."""
+        return self.progress.seconds
+
+    @property
+    def positions(self) -> int:
+        """Packed positions read, padding included, on all ranks together."""
+        return self.progress.positions
 
 
 def train(training: Training, plan: Plan, store: CheckpointStore, callbacks: Callbacks | None = None) -> None:
     """Train to the plan's last step, from the newest whole checkpoint in `store` if there is one.
 
-    Continuing is exact: weights, optimiser, source and random numbers go on as if nothing had happened. Raises Interrupted
-    after saving when `callbacks.stopping()` turns true, NonFiniteError (naming the examples) before a bad step is taken,
-    CheckpointError when checkpoints exist but none is whole.
+    Continuing is exact: weights, optimiser, source and random numbers go on as if nothing had happened. Raises
+    Interrupted after saving when `callbacks.stopping()` turns true, NonFiniteError (naming the examples) before a bad
+    step is taken, CheckpointError when checkpoints exist but none is whole, RunError when one cannot be written.
     """
     callbacks = callbacks or Callbacks()
-    optimizer = _optimizer(training, plan)
-    student, optimizer = training.accelerator.prepare(training.student, optimizer)
+    accelerator, progress = training.accelerator, training.progress
+    student, optimizer = accelerator.prepare(training.student, _optimizer(training, plan))
     _resume(training, optimizer, store)
-    callbacks.rewind(training.step)
+    callbacks.rewind(progress.step)
     saved_at = began = time.monotonic()
-    before = training.seconds
-    while training.step < plan.steps:
+    before = progress.seconds
+    while progress.step < plan.steps:
         line = _take_step(training, plan, student, optimizer)
-        training.seconds = before + time.monotonic() - began
-        if (
-            training.validation
-            and plan.validate_every
-            and (training.step % plan.validate_every == 0 or training.step == plan.steps)
-        ):
+        progress.seconds = before + time.monotonic() - began
+        if _examining(training, plan):
             line |= _validate(training, student)
-        callbacks.log(line | {"seconds": training.seconds})
-        if callbacks.stopping() and training.step < plan.steps:
-            _save(training, optimizer, store)
-            raise Interrupted(f"stopped after step {training.step} of {plan.steps}; run the same command to continue.")
-        if _due(plan, training.step, time.monotonic() - saved_at):
+        callbacks.log(line | {"seconds": progress.seconds})
+        due = _due(plan, progress.step, time.monotonic() - saved_at)
+        stopping, due = _any_rank(accelerator, callbacks.stopping(), due)
+        if progress.step < plan.steps and (stopping or due):
             _save(training, optimizer, store)
             saved_at = time.monotonic()
-    training.accelerator.wait_for_everyone()
+            if stopping:
+                raise Interrupted(
+                    f"stopped after step {progress.step} of {plan.steps}; run the same command to continue."
+                )
+    accelerator.wait_for_everyone()
 
 
 def _take_step(training: Training, plan: Plan, student: nn.Module, optimizer: Any) -> dict[str, Any]:
     """One optimiser step over the source's next micro-batches; returns its line of metrics."""
-    accelerator = training.accelerator
+    accelerator, progress = training.accelerator, training.progress
     batches = [batch.to(accelerator.device) for batch in training.source.draw()]
-    counts = accelerator.reduce(training.objective.counts(batches).to(accelerator.device), "sum")
-    rate = plan.rate(training.step)
+    rate = plan.rate(progress.step)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    layers = training.objective.layers()[0]
-    loss, terms = torch.zeros((), device=accelerator.device), {}
-    for index, batch in enumerate(batches):
-        with accelerator.no_sync(student) if index + 1 < len(batches) else nullcontext():
-            share, parts = training.objective(student(batch, layers), training.source.lesson(batch), counts)
-            # Data parallelism averages gradients over processes; the count is already global, so undo the average.
-            accelerator.backward(share * accelerator.num_processes)
-        loss += share.detach()
-        terms = {name: terms.get(name, 0.0) + value for name, value in parts.items()}
+    loss, terms = _accumulate(training, student, batches)
     norm = _clip(training, plan)
-    _refuse_nonfinite(training.step + 1, {"loss": float(loss), "gradient norm": norm}, batches)
+    _refuse_nonfinite(progress.step + 1, {"loss": loss, "gradient norm": norm}, batches)
     optimizer.step()
     optimizer.zero_grad()
-    training.step += 1
-    training.positions += sum(batch.ids_BT.numel() for batch in batches) * accelerator.num_processes
+    progress.step += 1
+    progress.positions += int(_total(accelerator, torch.tensor(sum(batch.ids_BT.numel() for batch in batches))))
     return {
-        "step": training.step,
-        "tokens": training.positions,
-        "loss": _total(accelerator, loss),
-        **{name: _total(accelerator, value) for name, value in terms.items()},
+        "step": progress.step,
+        "tokens": progress.positions,
+        "loss": loss,
+        **terms,
         "gradient_norm": norm,
         "learning_rate": rate,
     }
+
+
+def _accumulate(training: Training, student: nn.Module, batches: Sequence[Batch]) -> tuple[float, dict[str, float]]:
+    """Add up the gradients of the micro-batches; returns the step's loss and terms over all ranks."""
+    accelerator = training.accelerator
+    counts = accelerator.reduce(training.objective.counts(batches).to(accelerator.device), "sum")
+    layers = training.objective.layers()[0]
+    loss = torch.zeros((), device=accelerator.device)
+    terms: dict[str, Tensor] = {}
+    for index, batch in enumerate(batches):
+        lesson = training.source.lesson(batch)  # before the student's graph is there: the teacher has the memory alone
+        with accelerator.no_sync(student) if index + 1 < len(batches) else nullcontext():
+            share, parts = training.objective(student(batch, layers), lesson, counts)
+            # Data parallelism averages gradients over processes; the count is already global, so undo the average.
+            accelerator.backward(share * accelerator.num_processes)
+        loss += share.detach()
+        terms = {name: terms.get(name, torch.zeros_like(value)) + value for name, value in parts.items()}
+    return _total(accelerator, loss), {name: _total(accelerator, value) for name, value in terms.items()}
 
 
 def _clip(training: Training, plan: Plan) -> float:
@@ -173,8 +206,8 @@ def _refuse_nonfinite(step: int, numbers: Mapping[str, float], batches: Sequence
         ids = list(dict.fromkeys(name for batch in batches for row in batch.examples for name in row))
         more = f" and {len(ids) - 20} more" if len(ids) > 20 else ""
         raise NonFiniteError(
-            f"training: {', '.join(f'{name} is {value}' for name, value in bad.items())} in step {step}, before any weight "
-            f"was changed. The batch's examples: {', '.join(ids[:20])}{more}. Look at these, or lower "
+            f"training: {', '.join(f'{name} is {value}' for name, value in bad.items())} in step {step}, before any "
+            f"weight was changed. The batch's examples: {', '.join(ids[:20])}{more}. Look at these, or lower "
             "training.learning_rate; the last good checkpoint is kept."
         )
 
@@ -204,10 +237,21 @@ def _optimizer(training: Training, plan: Plan) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=plan.rate(0), betas=plan.betas, eps=plan.eps, fused=True)
 
 
+def _examining(training: Training, plan: Plan) -> bool:
+    regular = plan.validate_every and (training.step % plan.validate_every == 0 or training.step == plan.steps)
+    return bool(training.validation and regular)
+
+
+def _any_rank(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """Which flags are up on any rank: ranks have their own clocks and signals, but must save and stop together."""
+    raised = accelerator.reduce(torch.tensor(flags, dtype=torch.int64, device=accelerator.device), "sum")
+    return [bool(count) for count in raised]
+
+
 def _due(plan: Plan, step: int, since_save: float) -> bool:
     by_steps = plan.checkpoint_steps is not None and step % plan.checkpoint_steps == 0
     by_time = plan.checkpoint_seconds is not None and since_save >= plan.checkpoint_seconds
-    return step < plan.steps and (by_steps or by_time)
+    return by_steps or by_time
 
 
 def _save(training: Training, optimizer: Any, store: CheckpointStore) -> None:
@@ -217,7 +261,7 @@ def _save(training: Training, optimizer: Any, store: CheckpointStore) -> None:
         "optimizer": optimizer.state_dict(),
         "source": training.source.state_dict(),
         "random": random_state(),
-        "progress": {"step": training.step, "seconds": training.seconds, "positions": training.positions},
+        "progress": vars(training.progress),
     }
     if training.accelerator.is_main_process:
         store.save(training.step, state)
@@ -225,7 +269,8 @@ def _save(training: Training, optimizer: Any, store: CheckpointStore) -> None:
 
 
 def _resume(training: Training, optimizer: Any, store: CheckpointStore) -> None:
-    found = store.load_newest()
+    with training.accelerator.main_process_first():  # who finds a damaged checkpoint sets it aside
+        found = store.load_newest()
     if found is None:
         return
     _, state = found
@@ -235,7 +280,7 @@ def _resume(training: Training, optimizer: Any, store: CheckpointStore) -> None:
     training.source.load_state_dict(state["source"])
     restore_random_state(state["random"])
     for name, value in state["progress"].items():
-        setattr(training, name, value)
+        setattr(training.progress, name, value)
 
 
 def _total(accelerator: Accelerator, value: Tensor) -> float:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from potstill.errors import DataError, RecipeError
 from potstill.types import Batch, Lesson, Reader, Signal, Wants
 
 __all__ = ["RowSource", "Rows"]
@@ -42,7 +43,15 @@ class RowSource:
         wants: Wants | None = None,
         rank: tuple[int, int] = (0, 1),
     ) -> None:
-        """`rank` is (this process, number of processes)."""
+        """`rank` is (this process, number of processes).
+
+        Raises RecipeError where some process would have no row in a step.
+        """
+        if batch_rows < rank[1]:
+            raise RecipeError(
+                f"training.batch_rows: {batch_rows} rows leave some of {rank[1]} processes without. "
+                f"Use at least {rank[1]}."
+            )
         self._rows, self._seed = rows, seed
         self._batch_rows, self._rows_at_once = batch_rows, rows_at_once
         self._teacher, self._wants = teacher, wants or Wants()
@@ -62,13 +71,17 @@ class RowSource:
         return Lesson(batch, self._teacher.read(batch, self._wants) if self._teacher else Signal())
 
     def state_dict(self) -> dict[str, Any]:
-        """How many rows were drawn, and from how many: another data set is not continued silently."""
-        return {"drawn": self._drawn, "rows": len(self._rows)}
+        """How many rows were drawn, and from what: another order or data set is not continued silently."""
+        return {"drawn": self._drawn, "rows": len(self._rows), "seed": self._seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the rows drawn. Raises ValueError when the state is of other data."""
-        if state["rows"] != len(self._rows):
-            raise ValueError(f"the state is of {state['rows']} rows, these are {len(self._rows)}")
+        """Continue after the rows drawn. Raises DataError when the state is of other data or of another seed."""
+        for name, ours in (("rows", len(self._rows)), ("seed", self._seed)):
+            if state[name] != ours:
+                raise DataError(
+                    f"training.checkpoint: it was saved with {name}={state[name]}, the run now has {name}={ours}. "
+                    "Restore the recipe and data, or use another run_dir."
+                )
         self._drawn = state["drawn"]
 
     def _number(self, index: int) -> int:

@@ -1,0 +1,105 @@
+"""What the benchmarks write: rows of measured numbers as JSON, and the same rows as a table with bars and machine.
+
+Refuses: to judge a row that has no bar.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["Row", "describe_machine", "describe_versions", "print_rows", "write_rows"]
+
+PACKAGES = ("potstill", "torch", "transformers", "accelerate")
+
+BARS: dict[str, tuple[str, float]] = {
+    "quickstart.minutes": ("<=", 10.0),
+    "quickstart.peak_gb": ("<=", 5.0),
+    "quickstart.student_kl": ("<=", 1.5),
+    "quickstart.student_agreement": (">=", 0.42),
+    "quickstart.kl_gain_low": (">", 0.0),
+    "quickstart.agreement_gain_low": (">", 0.0),
+    "help.seconds": ("<", 0.5),
+    "step.speed_vs_trl": (">=", 2.0),
+    "step.memory_vs_trl": ("<=", 0.6),
+}
+"""What is to be reached on 2 cores with bf16 units and 24 GiB of memory."""
+
+HOLDS: dict[str, Callable[[float, float], bool]] = {
+    "<": lambda value, bar: value < bar,
+    "<=": lambda value, bar: value <= bar,
+    ">": lambda value, bar: value > bar,
+    ">=": lambda value, bar: value >= bar,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One number. `low` and `high` are its interval, or the range over `n` repetitions; None where there is neither."""
+
+    id: str
+    value: float
+    unit: str
+    low: float | None = None
+    high: float | None = None
+    n: int = 1
+
+
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """Write the rows as a JSON list; folders are made. Raises ValueError for a number that is not finite."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([asdict(row) for row in rows], indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def print_rows(title: str, rows: Sequence[Row], facts: Mapping[str, str]) -> None:
+    """Print the rows with their bars, and below them where the numbers come from."""
+    table = Table("id", "value", "low .. high", "n", "bar", "", title=title, title_justify="left")
+    for row in rows:
+        sign, bar = BARS.get(row.id, ("", 0.0))
+        reached = "" if not sign else "reached" if HOLDS[sign](row.value, bar) else "MISSED"
+        value = f"{_short(row.value)} {row.unit}".strip()
+        table.add_row(row.id, value, _range(row), str(row.n), f"{sign} {bar:g}" if sign else "", reached)
+    console = Console(width=None if Console().is_terminal else 120, soft_wrap=True, highlight=False)
+    console.print(table)
+    for name, text in facts.items():
+        console.print(f"{name}: {text}", markup=False)
+
+
+def describe_machine() -> str:
+    """Processor, usable cores, memory and system in one line."""
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    units = [name for name in ("amx_bf16", "avx512_bf16") if name in _cpu_field("flags").split()]
+    model = _cpu_field("model name") or platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    bf16 = ", ".join(units) or "bf16 units not known"
+    return f"{model} ({bf16}), {cores} cores, {memory_gib:.0f} GiB, {platform.system()}"
+
+
+def describe_versions() -> str:
+    """Versions of this environment's packages in one line."""
+    found = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
+    return ", ".join([f"Python {platform.python_version()}", *found])
+
+
+def _cpu_field(name: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), "")
+
+
+def _range(row: Row) -> str:
+    return "" if row.low is None or row.high is None else f"{_short(row.low)} .. {_short(row.high)}"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -1,0 +1,146 @@
+"""What a run will do and cost, before any weight is loaded.
+
+Refuses to promise: every figure says whether it was measured here or estimated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from potstill.data import encode_examples
+from potstill.pipeline import build
+from potstill.pipeline.calibration import Pace, measure_pace
+from potstill.pipeline.disk import check_disk, check_writable
+from potstill.pipeline.inspection import Inspection, inspect_recipe, stage_bytes
+from potstill.pipeline.run import explain_run
+from potstill.pipeline.rundir import check_unlocked
+from potstill.pipeline.survey import Survey, survey_data
+from potstill.recipes import Recipe
+from potstill.recipes.schema import CrossEntropy, LayersStudent
+
+__all__ = ["Estimate", "estimate_run", "print_plan"]
+
+FORWARD, TRAIN = 2, 6
+"""Floating-point operations per weight and token: reading, and reading with learning (Kaplan et al. 2020, table 1)."""
+
+SURVEYED_DOCUMENTS = 20_000
+"""A plan reads no more of the data than this; prepare reads all."""
+
+ACTIVATION_BYTES = 34
+"""Per position, width and layer (Korthikanti et al. 2022, arXiv:2205.05198, eq. 2, without dropout and attention)."""
+
+TRAINED_WEIGHT_BYTES = 16
+"""Weight, gradient and two moments in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A run in numbers. Where not all data was read (`complete` is False), its tokens and rows are lower bounds."""
+
+    teacher_parameters: int
+    student_parameters: int
+    data_tokens: int
+    train_rows: int
+    steps: int
+    train_tokens: int
+    memory_bytes: int
+    disk_bytes: int
+    operations: float
+    complete: bool
+
+
+def print_plan(recipe: Recipe, *, measure: bool) -> None:
+    """Print what will run and what it will take; with `measure`, time comes from short steps on this machine.
+
+    Raises what the run itself would raise for this recipe and machine before it loads a model.
+    """
+    check_writable(recipe.folder)
+    check_unlocked(recipe.folder)
+    found = inspect_recipe(recipe)
+    survey = survey_data(recipe, SURVEYED_DOCUMENTS)
+    estimate = estimate_run(recipe, found, survey)
+    statuses = explain_run(recipe)
+    if any(status.state != "done" for status in statuses):
+        check_disk(recipe.folder, estimate.disk_bytes, "this run")
+    pace = measure_pace(recipe, found.vocabulary) if measure else None
+    stages = Table("stage", "state", "why", title=f"{recipe.name}: {recipe.folder}", title_justify="left")
+    for status in statuses:
+        stages.add_row(status.stage, status.state, status.why)
+    costs = Table("what", "how much", "from", title="plan", title_justify="left")
+    for row in (*_size_rows(recipe, estimate), *_time_rows(recipe, estimate, pace)):
+        costs.add_row(*row)
+    console = Console()
+    console.print(stages)
+    console.print(costs)
+
+
+def estimate_run(recipe: Recipe, found: Inspection, survey: Survey) -> Estimate:
+    """Sizes from the configs, tokens from some of the documents."""
+    lengths = [len(encoded.ids) for encoded in encode_examples(survey.sampled, found.tokenizer)]
+    mean = sum(lengths) / max(1, len(survey.sampled))
+    train_rows = max(1, round(mean * survey.documents["train"] / recipe.data.sequence_length))
+    steps = build.count_steps(recipe, train_rows)
+    train_tokens = steps * recipe.training.batch_rows * recipe.data.sequence_length
+    online = any(not isinstance(term, CrossEntropy) for term in recipe.losses)
+    arms = 2 if recipe.control.enabled else 1
+    per_token = arms * TRAIN * found.student_parameters + (FORWARD * found.teacher_parameters if online else 0)
+    needed = stage_bytes(recipe, found)
+    return Estimate(
+        teacher_parameters=found.teacher_parameters,
+        student_parameters=found.student_parameters,
+        data_tokens=round(mean * survey.documents.total()),
+        train_rows=train_rows,
+        steps=steps,
+        train_tokens=train_tokens,
+        memory_bytes=_memory_bytes(recipe, found),
+        # Checkpoints of the first arm are gone when the second trains.
+        disk_bytes=sum(needed.values()) - (needed["control"] if recipe.control.enabled else 0),
+        operations=float(train_tokens) * per_token,
+        complete=survey.complete,
+    )
+
+
+def _memory_bytes(recipe: Recipe, found: Inspection) -> int:
+    """Training holds most: the student with its optimiser, the teacher, and the student's activations."""
+    text = found.student.config.get_text_config()
+    positions = recipe.training.rows_at_once * recipe.data.sequence_length
+    layers = 2 if recipe.training.gradient_checkpointing else text.num_hidden_layers
+    teacher = found.teacher_parameters * (2 if recipe.teacher.dtype == "bf16" else 4)
+    activations = ACTIVATION_BYTES * positions * text.hidden_size * layers
+    return int(TRAINED_WEIGHT_BYTES * found.student_parameters + teacher + activations)
+
+
+def _size_rows(recipe: Recipe, found: Estimate) -> Iterator[tuple[str, str, str]]:
+    share = found.student_parameters / found.teacher_parameters
+    least = "" if found.complete else "at least "
+    yield "teacher", f"{found.teacher_parameters / 1e6:,.1f}M parameters, {recipe.teacher.dtype}", "config"
+    yield "student", f"{found.student_parameters / 1e6:,.1f}M parameters, {share:.0%} of the teacher", "config"
+    yield "data", f"{least}{found.data_tokens:,} tokens, {found.train_rows:,} rows to train on", "some documents"
+    least = least if recipe.training.epochs else ""
+    yield "training", f"{least}{found.steps:,} steps, {found.train_tokens:,} tokens", "recipe"
+    arms = "student and control" if recipe.control.enabled else "student (no control: the gain stays unknown)"
+    yield "arms", arms, "recipe"
+    yield "memory", f"{found.memory_bytes / 1e9:.1f} GB", "estimated"
+    yield "disk", f"{found.disk_bytes / 1e9:.1f} GB at most", "estimated"
+    yield "money", "0: every model runs here", "recipe"
+
+
+def _time_rows(recipe: Recipe, found: Estimate, pace: Pace | None) -> Iterator[tuple[str, str, str]]:
+    if pace is None:
+        yield "time", f"{found.operations:.2g} operations; --measure turns them into minutes", "estimated"
+        return
+    rows = found.steps * recipe.training.batch_rows
+    minutes = {f"train {arm}": seconds * rows / 60 for arm, seconds in pace.training.items()}
+    held_out = max(1, round(found.train_rows * recipe.data.splits.test))
+    minutes["evaluate"] = pace.evaluation * min(held_out, recipe.evaluation.max_rows or held_out) / 60
+    for name, value in minutes.items():
+        yield f"time: {name}", f"{value:.1f} minutes", "measured here"
+    student = recipe.student
+    searching = isinstance(student, LayersStudent) and student.keep == "greedy"
+    search = f", and up to {student.search.minutes:g} for the layers" if isinstance(student, LayersStudent) else ""
+    extra = "without loading, speed and samples" + (search if searching else "")
+    yield "time", f"{sum(minutes.values()):.1f} minutes {extra}", "measured here"

@@ -1,0 +1,105 @@
+"""The first look at the data: which documents there are, in which split each falls, and some to show.
+
+Refuses data in which a split is empty, and says which.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from potstill.data import Cleaning, Split, clean_examples, load_examples, split_of
+from potstill.errors import DataError
+from potstill.pipeline.places import resolve_data
+from potstill.recipes import Recipe
+from potstill.types import Example
+
+__all__ = ["SPLITS", "Survey", "read_examples", "read_split", "survey_data"]
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+HELD_OUT_DOCUMENTS = 64
+"""Documents of the test split that are kept as they are, for the prompts of the report."""
+
+SAMPLED_DOCUMENTS = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What was found. `documents` counts them by split; `held_out` are the first of the test split.
+
+    sampled    some documents, evenly spread over those read
+    complete   False when reading stopped at the limit
+    """
+
+    documents: Counter[Split]
+    held_out: tuple[Example, ...]
+    sampled: tuple[Example, ...]
+    cleaning: Cleaning
+    complete: bool
+
+
+def survey_data(recipe: Recipe, limit: int | None = None, seen: Callable[[int], None] = lambda _: None) -> Survey:
+    """Read all documents, or `limit` of them, and say what there is; `seen(1)` is called for each.
+
+    Raises DataError where there is nothing to read or to use, or where a split got no document.
+    """
+    examples, cleaning = read_examples(recipe)
+    documents: Counter[Split] = Counter()
+    held_out: list[Example] = []
+    sampled: list[Example] = []
+    every = 1
+    for number, example in enumerate(islice(examples, limit)):
+        split = _split(recipe, example)
+        documents[split] += 1
+        if split == "test" and len(held_out) < HELD_OUT_DOCUMENTS:
+            held_out.append(example)
+        if number % every == 0:
+            sampled.append(example)
+        if len(sampled) > SAMPLED_DOCUMENTS:  # twice as sparse from now on
+            sampled, every = sampled[::2], 2 * every
+        seen(1)
+    complete = next(examples, None) is None
+    if complete:
+        _check_splits(recipe, documents)
+    return Survey(documents, tuple(held_out), tuple(sampled), cleaning, complete)
+
+
+def read_split(recipe: Recipe, split: Split) -> Iterator[Example]:
+    """The clean examples of one split, in order."""
+    return (example for example in read_examples(recipe)[0] if _split(recipe, example) == split)
+
+
+def read_examples(recipe: Recipe) -> tuple[Iterator[Example], Cleaning]:
+    """All clean examples, and the counts of their cleaning, complete when these are read."""
+    data = recipe.data
+    rows = load_examples(
+        resolve_data(data.source),
+        split=data.split,
+        format=data.format,
+        text=data.text,
+        messages=data.messages,
+        max_documents=data.max_documents,
+    )
+    return clean_examples(rows)
+
+
+def _split(recipe: Recipe, example: Example) -> Split:
+    shares = recipe.data.splits
+    return split_of(example, seed=recipe.seed, validation=shares.validation, test=shares.test)
+
+
+def _check_splits(recipe: Recipe, documents: Counter[Split]) -> None:
+    empty = [split for split in SPLITS if not documents[split]]
+    if not empty:
+        return
+    shares = recipe.data.splits
+    advice = {
+        "train": "Lower data.splits.validation and data.splits.test, or give more documents.",
+        "validation": f"Raise it above {shares.validation:g}, or give more documents.",
+        "test": f"Raise it above {shares.test:g}, or give more documents.",
+    }
+    key = "data.splits" if empty[0] == "train" else f"data.splits.{empty[0]}"
+    raise DataError(f"{key}: of {documents.total()} documents none fell into the {empty[0]} split. {advice[empty[0]]}")

@@ -1,0 +1,269 @@
+"""The whole objective on a toy model: sums and counts, whatever the batches are cut into, and one shift only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.testing import assert_close
+
+from potstill.losses import HeadLoss, HeadTerm, HiddenLoss, Objective
+from potstill.types import IGNORE, Batch, Head, Lesson, Offer, Signal, StudentView
+
+VOCABULARY, PADDED, WIDTHS, LENGTH = 11, 14, (4, 6), 9
+SOFT = HeadTerm("forward_kl", 0.6, 2.0)
+HARD = HeadTerm("cross_entropy", 0.4)
+
+some_examples = settings(deadline=None, max_examples=15)
+
+
+class Toy(nn.Module):
+    """Every position is read by itself, so that rows cannot disturb each other; float64. The head has padding rows."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, width, dtype=torch.float64)
+        self.body = nn.Linear(width, width, dtype=torch.float64)
+        self.head = nn.Linear(width, PADDED, dtype=torch.float64)
+
+    def forward(self, batch: Batch) -> StudentView:
+        hidden = {0: self.embedding(batch.ids_BT)}
+        hidden[1] = self.body(hidden[0]).tanh()
+        return StudentView(hidden[1][batch.supervised_BT], Head(self.head.weight, self.head.bias), hidden)
+
+    @torch.no_grad()
+    def teach(self, batch: Batch) -> Lesson:
+        view = self(batch)
+        return Lesson(batch, Signal(view.final_ND, view.head, view.hidden))
+
+
+def make_batch(counts: Sequence[int], length: int = LENGTH, padding: int = 0) -> Batch:
+    """One row a count, with so many supervised positions in it; the last `padding` columns are padding."""
+    shape = len(counts), length
+    ids_BT, next_BT = (torch.randint(0, VOCABULARY, shape) for _ in range(2))
+    supervised_BT = torch.zeros(shape, dtype=torch.bool)
+    for row, count in enumerate(counts):
+        supervised_BT[row, torch.randperm(length)[:count]] = True
+    batch = Batch(ids_BT, next_BT.where(supervised_BT, torch.tensor(IGNORE)), torch.ones(shape, dtype=torch.long))
+    return pad(batch, padding)
+
+
+def pad(batch: Batch, columns: int) -> Batch:
+    return replace(
+        batch,
+        ids_BT=functional.pad(batch.ids_BT, (0, columns), value=3),
+        targets_BT=functional.pad(batch.targets_BT, (0, columns), value=IGNORE),
+        segments_BT=functional.pad(batch.segments_BT, (0, columns), value=0),
+    )
+
+
+def make_objective() -> Objective:
+    """Everything at once: soft, hard and hidden terms. The projections are seeded, so that two objectives are alike."""
+    torch.manual_seed(7)
+    hidden = [HiddenLoss("hidden_mse", {1: 1}, WIDTHS, 0.5), HiddenLoss("hidden_cosine", {0: 1}, WIDTHS)]
+    return Objective([HeadLoss([SOFT, HARD], VOCABULARY), *hidden]).double()
+
+
+@pytest.fixture
+def student() -> Toy:
+    return Toy(WIDTHS[0])
+
+
+@pytest.fixture
+def teacher() -> Toy:
+    return Toy(WIDTHS[1])
+
+
+def learn(
+    objective: Objective, student: Toy, teacher: Toy, batches: Sequence[Batch]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The step's loss and terms over these micro-batches; gradients are left on student and objective."""
+    student.zero_grad()
+    objective.zero_grad()
+    counts = objective.counts(batches)
+    loss, terms = torch.zeros(()), {}
+    for batch in batches:
+        share, parts = objective(student(batch), teacher.teach(batch), counts)
+        share.backward()
+        loss = loss + share.detach()
+        terms = {name: terms.get(name, 0.0) + value for name, value in parts.items()}
+    return loss, terms
+
+
+def gradients(*modules: nn.Module) -> dict[str, Tensor]:
+    return {f"{i}.{n}": p.grad.clone() for i, module in enumerate(modules) for n, p in module.named_parameters()}
+
+
+def assert_same_step(one: tuple, other: tuple) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("counts", [(9, 1, 4, 0, 2, 7, 3, 5), (0, 0, 9, 9, 0, 0, 1, 1)])
+def test_one_batch_of_eight_rows_equals_four_of_two(student, teacher, counts):
+    objective, whole = make_objective(), make_batch(counts)
+    steps = []
+    for rows in (8, 2, 1):
+        cut = [whole.rows(start, start + rows) for start in range(0, 8, rows)]
+        steps.append((*learn(objective, student, teacher, cut), gradients(student, objective)))
+    assert_same_step(steps[1], steps[0])
+    assert_same_step(steps[2], steps[0])
+
+
+@some_examples
+@given(st.lists(st.integers(0, LENGTH), min_size=2, max_size=6), st.integers(1, 5))
+def test_it_does_not_matter_where_a_batch_is_cut(counts, cut):
+    objective, student, teacher, whole = make_objective(), Toy(WIDTHS[0]), Toy(WIDTHS[1]), make_batch(counts)
+    pieces = [piece for piece in (whole.rows(0, cut), whole.rows(cut, len(whole))) if len(piece)]
+    one = (*learn(objective, student, teacher, [whole]), gradients(student, objective))
+    assert_same_step((*learn(objective, student, teacher, pieces), gradients(student, objective)), one)
+
+
+def test_a_mean_of_means_would_be_something_else(student, teacher):
+    objective = Objective([HeadLoss([SOFT], VOCABULARY)])
+    batches = [make_batch([9]), make_batch([1])]
+    whole, _ = learn(objective, student, teacher, batches)
+    apart = [learn(objective, student, teacher, [batch])[0] for batch in batches]
+    assert_close(whole, (9 * apart[0] + apart[1]) / 10)
+    assert not torch.allclose(whole, (apart[0] + apart[1]) / 2)
+
+
+@some_examples
+@given(st.integers(0, 8))
+def test_masking_a_position_equals_leaving_it_out(masked):
+    objective = Objective([HeadLoss([SOFT, HARD], VOCABULARY)])
+    student, teacher, batch = Toy(WIDTHS[0]), Toy(WIDTHS[1]), make_batch([LENGTH])
+    targets_BT = batch.targets_BT.clone()
+    targets_BT[0, masked] = IGNORE
+    kept = [column for column in range(LENGTH) if column != masked]
+    without = Batch(batch.ids_BT[:, kept], batch.targets_BT[:, kept], batch.segments_BT[:, kept])
+    one = (*learn(objective, student, teacher, [replace(batch, targets_BT=targets_BT)]), gradients(student))
+    assert_same_step((*learn(objective, student, teacher, [without]), gradients(student)), one)
+
+
+@pytest.mark.parametrize("columns", [1, 7])
+def test_padding_changes_nothing(student, teacher, columns):
+    objective, batch = make_objective(), make_batch([4, 9, 0])
+    one = (*learn(objective, student, teacher, [batch]), gradients(student, objective))
+    padded = (*learn(objective, student, teacher, [pad(batch, columns)]), gradients(student, objective))
+    assert_same_step(padded, one)
+
+
+@some_examples
+@given(st.integers(0, 2 * LENGTH - 1), st.integers(1, VOCABULARY - 1))
+def test_another_target_changes_the_loss_of_its_own_position_only(position, shift):
+    loss, student, teacher = HeadLoss([HARD, SOFT], VOCABULARY), Toy(WIDTHS[0]), Toy(WIDTHS[1])
+    batch = make_batch([LENGTH, LENGTH])
+    targets_BT = batch.targets_BT.clone()
+    targets_BT.view(-1)[position] = (targets_BT.view(-1)[position] + shift) % VOCABULARY
+    changed = replace(batch, targets_BT=targets_BT)
+    gradients_ND, totals = [], []
+    for which in (batch, changed):
+        view = student(which)
+        total = loss(view, teacher.teach(which)).total
+        gradients_ND.append(torch.autograd.grad(total, view.final_ND, retain_graph=True)[0])
+        totals.append(total.detach())
+    moved_N = (gradients_ND[0] != gradients_ND[1]).any(-1)
+    assert moved_N.nonzero().flatten().tolist() == [position]
+    log_q_V = student.head(student(batch).final_ND[position])[:VOCABULARY].log_softmax(-1).detach()
+    before, after = batch.targets_BT.view(-1)[position], targets_BT.view(-1)[position]
+    assert_close(totals[1] - totals[0], HARD.weight * (log_q_V[before] - log_q_V[after]))
+
+
+@pytest.mark.parametrize(("alpha", "temperature"), [(0.0001, 1.0), (0.3, 2.0), (0.9, 4.0)])
+def test_soft_and_hard_terms_add_up_to_the_published_rule(student, teacher, alpha, temperature):
+    """L = alpha CE + (1 - alpha) T^2 KL, each a mean over supervised positions."""
+    terms = [HeadTerm("cross_entropy", alpha), HeadTerm("forward_kl", 1 - alpha, temperature)]
+    batch = make_batch([5, 2, 0, 8])
+    loss, parts = learn(Objective([HeadLoss(terms, VOCABULARY)]), student, teacher, [batch])
+    found = gradients(student)
+    student.zero_grad()
+    mask_BT = batch.supervised_BT
+    logits_NV, teacher_NV = (
+        (model.head(model.body(model.embedding(batch.ids_BT)).tanh()))[mask_BT][:, :VOCABULARY]
+        for model in (student, teacher)
+    )
+    hard = -logits_NV.log_softmax(-1)[torch.arange(15), batch.targets_N].sum() / 15
+    log_q, log_p = (side_NV.div(temperature).log_softmax(-1) for side_NV in (logits_NV, teacher_NV))
+    soft = (log_p.exp() * (log_p - log_q)).sum() / 15
+    by_hand = alpha * hard + (1 - alpha) * temperature**2 * soft
+    by_hand.backward()
+    assert_close(loss, by_hand.detach())
+    assert_close(parts, {"cross_entropy": hard.detach(), "forward_kl": soft.detach()})
+    assert_close(found, gradients(student))
+
+
+def test_padding_rows_of_the_head_learn_nothing(student, teacher):
+    learn(make_objective(), student, teacher, [make_batch([4, 9])])
+    assert torch.equal(student.head.weight.grad[VOCABULARY:], torch.zeros(PADDED - VOCABULARY, WIDTHS[0]).double())
+    assert torch.equal(student.head.bias.grad[VOCABULARY:], torch.zeros(PADDED - VOCABULARY).double())
+
+
+def test_nothing_supervised_anywhere_gives_a_loss_of_zero_and_no_nan(student, teacher):
+    objective = Objective([HeadLoss([SOFT, HARD], VOCABULARY)])
+    loss, terms = learn(objective, student, teacher, [make_batch([0, 0]), make_batch([0])])
+    assert loss.item() == 0.0
+    assert {name: value.item() for name, value in terms.items()} == {"forward_kl": 0.0, "cross_entropy": 0.0}
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients(student).values())
+
+
+def test_every_loss_is_divided_by_its_own_count(student, teacher):
+    objective = make_objective()
+    batches = [make_batch([4, 0]), make_batch([9], padding=2)]
+    assert objective.counts(batches).tolist() == [13.0, 27.0, 27.0]
+    assert objective.counts([]).tolist() == [0.0, 0.0, 0.0]
+    assert objective.counts(batches).dtype is torch.float64
+    share, terms = objective(student(batches[0]), teacher.teach(batches[0]), torch.tensor([2.0, 4.0, 8.0]))
+    again, more = objective(student(batches[0]), teacher.teach(batches[0]), torch.tensor([4.0, 8.0, 16.0]))
+    assert_close(share, 2 * again)
+    assert_close(terms, {name: 2 * value for name, value in more.items()})
+
+
+def test_all_terms_are_named_and_unweighted(student, teacher):
+    _, terms = learn(make_objective(), student, teacher, [make_batch([3])])
+    assert set(terms) == {"forward_kl", "cross_entropy", "hidden_mse", "hidden_cosine"}
+    light = Objective([HeadLoss([replace(SOFT, weight=0.001), HARD], VOCABULARY)])
+    torch.manual_seed(0)
+    batch = make_batch([5])
+    heavy = Objective([HeadLoss([SOFT, HARD], VOCABULARY)])
+    assert_close(learn(light, student, teacher, [batch])[1], learn(heavy, student, teacher, [batch])[1])
+
+
+def test_an_objective_asks_for_what_its_losses_need():
+    hard, soft = HeadLoss([HARD], VOCABULARY), HeadLoss([HARD, SOFT], VOCABULARY)
+    hidden = HiddenLoss("hidden_mse", {4: 2, 1: 9}, (3, 3))
+    assert Objective([hard]).needs == frozenset()
+    assert Objective([soft]).needs == {Offer.LOGITS}
+    assert Objective([hard, hidden]).needs == {Offer.HIDDEN}
+    assert Objective([soft, hidden]).needs == {Offer.LOGITS, Offer.HIDDEN}
+
+
+def test_layers_to_read_are_those_of_all_maps_in_order_and_once():
+    first, second = HiddenLoss("hidden_mse", {4: 2, 1: 9}, (3, 3)), HiddenLoss("hidden_cosine", {4: 9, 3: 0}, (3, 3))
+    assert Objective([HeadLoss([SOFT], VOCABULARY), first, second]).layers() == ((1, 3, 4), (0, 2, 9))
+    assert Objective([HeadLoss([SOFT], VOCABULARY)]).layers() == ((), ())
+
+
+def test_hard_labels_alone_need_no_signal(student):
+    batch = make_batch([4, 2])
+    objective = Objective([HeadLoss([HARD], VOCABULARY)])
+    share, _ = objective(student(batch), Lesson(batch), objective.counts([batch]))
+    assert torch.isfinite(share)
+
+
+def test_a_soft_loss_without_a_signal_says_what_is_missing(student):
+    batch = make_batch([4, 2])
+    objective = Objective([HeadLoss([SOFT], VOCABULARY)])
+    with pytest.raises(ValueError, match="compare with a teacher"):
+        objective(student(batch), Lesson(batch), objective.counts([batch]))
+
+
+def test_projections_are_parameters_of_the_objective_and_of_nobody_else():
+    names = dict(make_objective().named_parameters())
+    assert set(names) == {"losses.1.projections.1.weight", "losses.2.projections.0.weight"}

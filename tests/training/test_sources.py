@@ -1,0 +1,128 @@
+"""Every row once an epoch, in an order that only the seed and the epoch decide, continued exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from potstill.errors import DataError, RecipeError
+from potstill.training import RowSource
+from potstill.types import Batch, Wants
+
+
+class Numbered:
+    """Rows that say their own number."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def batch(self, row_numbers):
+        ids_BT = torch.tensor([[row] for row in row_numbers])
+        return Batch(ids_BT, ids_BT, torch.ones_like(ids_BT))
+
+
+def source(count=10, **settings):
+    return RowSource(Numbered(count), **{"seed": 0, "batch_rows": 4, "rows_at_once": 2} | settings)
+
+
+def numbers(batches):
+    return [int(row) for batch in batches for row in batch.ids_BT[:, 0]]
+
+
+def drawn(origin, steps):
+    return [row for _ in range(steps) for row in numbers(origin.draw())]
+
+
+@given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_every_row_comes_once_an_epoch(count, batch_rows, seed):
+    rows = drawn(source(count, batch_rows=batch_rows, seed=seed), -(-3 * count // batch_rows))
+    for epoch in range(3):
+        assert sorted(rows[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+@given(st.integers(1, 30), st.integers(0, 99))
+def test_the_order_is_the_same_whatever_a_step_holds(count, seed):
+    orders = []
+    for batch_rows, rows_at_once in ((1, 1), (3, 2), (2 * count, count)):
+        steps = -(-2 * count // batch_rows)
+        origin = source(count, seed=seed, batch_rows=batch_rows, rows_at_once=rows_at_once)
+        orders.append(drawn(origin, steps)[: 2 * count])
+    assert orders[0] == orders[1] == orders[2]
+
+
+def test_seeds_and_epochs_have_orders_of_their_own():
+    first, second = drawn(source(50, batch_rows=50), 2), drawn(source(50, batch_rows=50, seed=1), 2)
+    assert first[:50] != first[50:]
+    assert first != second
+    state = torch.get_rng_state()
+    source().draw()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 5), st.integers(1, 5))
+def test_ranks_share_a_steps_rows_exactly(count, batch_rows, ranks, rows_at_once):
+    batch_rows = max(batch_rows, ranks)
+    settings = {"batch_rows": batch_rows, "rows_at_once": rows_at_once}
+    alone = source(count, **settings)
+    together = [source(count, rank=(rank, ranks), **settings) for rank in range(ranks)]
+    for _ in range(3):
+        whole, shares = numbers(alone.draw()), [numbers(origin.draw()) for origin in together]
+        assert sorted(sum(shares, [])) == sorted(whole)
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        assert min(map(len, shares)) > 0
+
+
+def test_micro_batches_hold_rows_at_once():
+    assert [len(batch) for batch in source(batch_rows=7, rows_at_once=3).draw()] == [3, 3, 1]
+
+
+def test_a_step_may_hold_more_rows_than_there_are():
+    assert sorted(drawn(source(3, batch_rows=7), 1)[:6]) == [0, 0, 1, 1, 2, 2]
+
+
+@given(st.integers(0, 9), st.integers(1, 13))
+def test_continuing_is_as_if_nothing_had_happened(steps, batch_rows):
+    whole = source(batch_rows=batch_rows)
+    drawn(whole, steps)
+    state, expected = whole.state_dict(), drawn(whole, 5)
+    other = source(batch_rows=batch_rows)
+    drawn(other, 2)
+    other.load_state_dict(state)
+    assert drawn(other, 5) == expected
+
+
+@pytest.mark.parametrize("other", [{"count": 11}, {"seed": 1}])
+def test_another_order_or_data_set_is_not_continued(other):
+    (name,) = (set(other) - {"count"}) or {"rows"}
+    with pytest.raises(DataError, match=rf"^training\.checkpoint: it was saved with {name}="):
+        source(**other).load_state_dict(source().state_dict())
+
+
+def test_a_process_without_a_row_is_refused():
+    with pytest.raises(RecipeError, match=r"^training\.batch_rows: 2 rows leave some of 3 processes without"):
+        source(batch_rows=2, rank=(0, 3))
+
+
+def test_lessons_carry_what_the_teacher_says_when_asked_for_them(kit):
+    teacher = kit.teacher()
+    origin = RowSource(
+        kit.rows(), seed=0, batch_rows=4, rows_at_once=2, teacher=teacher, wants=Wants(final=True, layers=(1,))
+    )
+    batches = origin.draw()
+    assert teacher.asked == 0
+    lesson = origin.lesson(batches[1])
+    assert teacher.asked == 1
+    assert lesson.batch is batches[1]
+    assert lesson.signal.final_ND.shape == (int(batches[1].supervised_BT.sum()), 24)
+    assert list(lesson.signal.hidden) == [1]
+
+
+def test_without_a_teacher_signals_are_empty(kit):
+    origin = RowSource(kit.rows(), seed=0, batch_rows=2, rows_at_once=2)
+    signal = origin.lesson(origin.draw()[0]).signal
+    assert (signal.final_ND, signal.head, dict(signal.hidden)) == (None, None, {})
