@@ -1,9 +1,10 @@
 """One whole training step with an online teacher: potstill against TRL's GKDTrainer on the same rows and models.
 
 Both run in processes of their own, in turn (A B A B ...), so that a machine that slows down slows both. Our side is
-potstill's train stage as users run it; the times are those of its metrics.jsonl. Blocks are compiled where a compiler is,
-as `training.compile: auto` does in a training that is longer than a benchmark's; the peer runs as it is by default. Refuses: to time loading, compilation,
-warm-up steps, validation and checkpoints, and to compare processes with different numbers of threads.
+potstill's train stage as users run it; the times are those of its metrics.jsonl. Its blocks are compiled where there is
+a compiler, as `training.compile: auto` has it in trainings longer than a benchmark's; the peer runs as by default.
+Refuses: to time loading, compilation, warm-up steps, validation and checkpoints, and to compare processes that have
+different numbers of threads.
 
     python bench/step.py --json runs/bench/step.json [--peer-python PATH] [--steps 10] [--warmup 2] [--rounds 3]
 

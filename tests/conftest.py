@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,13 +111,23 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tiny_recipe(tmp_path: Path, tiny_llama: Path, tiny_corpus: Path) -> Path:
+def tiny_recipe(tmp_path: Path, write_tiny_recipe: Callable[[Path], Path]) -> Path:
     """File of a recipe on the tiny model and corpus that runs in a second or two, into `tmp_path / "run"`."""
+    return write_tiny_recipe(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def write_tiny_recipe(tiny_llama: Path, tiny_corpus: Path) -> Callable[[Path], Path]:
+    """What writes `tiny_recipe` into a folder, for runs that several tests share."""
+    return lambda folder: write_recipe(folder, tiny_llama, tiny_corpus)
+
+
+def write_recipe(folder: Path, model: Path, corpus: Path) -> Path:
     recipe = {
         "name": "tiny",
-        "run_dir": str(tmp_path / "run"),
-        "data": {"source": str(tiny_corpus), "sequence_length": 32, "splits": {"validation": 0.1, "test": 0.1}},
-        "teacher": {"kind": "local", "model": str(tiny_llama), "dtype": "fp32"},
+        "run_dir": str(folder / "run"),
+        "data": {"source": str(corpus), "sequence_length": 32, "splits": {"validation": 0.1, "test": 0.1}},
+        "teacher": {"kind": "local", "model": str(model), "dtype": "fp32"},
         "student": {"kind": "layers", "keep": "even", "count": 2},
         "losses": [{"kind": "forward_kl"}],
         "training": {
@@ -128,6 +139,6 @@ def tiny_recipe(tmp_path: Path, tiny_llama: Path, tiny_corpus: Path) -> Path:
         },
         "evaluation": {"max_rows": 8, "resamples": 100, "sample_prompts": 2, "sample_tokens": 4, "speed": False},
     }
-    file = tmp_path / "tiny.yaml"
+    file = folder / "tiny.yaml"
     file.write_text(json.dumps(recipe), encoding="utf-8")
     return file

@@ -55,14 +55,19 @@ def main() -> None:
         _say(f"error: {error}", 2)
 
 
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and all log lines.")] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(potstill.__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[  # noqa: ARG001
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and all log lines.")] = False,
+) -> None:
     if debug:
         logging.getLogger().setLevel(logging.DEBUG)
 
@@ -71,7 +76,7 @@ def _root(
 def check(
     recipe: RecipeFile,
     set: Overrides = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Calibrate with one short step on this machine.")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Time a short step of every training on this machine.")] = False,
 ) -> None:
     """Check a recipe and print the plan: what will run, with estimated tokens, memory, disk and time."""
     with stoppable():
@@ -98,8 +103,8 @@ def _stage_command(name: str, about: str) -> Callable[..., None]:
 
 for _name, _about in {
     "prepare": "Turn the data into packed token rows (and nothing more).",
-    "initialise": "Make the student's first weights (after prepare).",
-    "train": "Train the student (after initialise).",
+    "initialise": "Make the student's first weights (and all before it).",
+    "train": "Train the student (and all before it).",
     "control": "Train the control arm (and all before it).",
     "evaluate": "Measure all arms (and all before it).",
     "report": "Write the report (and all before it).",
@@ -117,7 +122,7 @@ def schema() -> None:
 
 @samples_app.command("list")
 def samples_list() -> None:
-    """List what there is."""
+    """List the samples: download size, licence, what they are."""
     from potstill.pipeline.catalogue import describe_samples
 
     for line in describe_samples():

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from potstill.errors import DataError, NonFiniteError, RecipeError, RunError, VocabularyMismatch
+from potstill.pipeline.run import STAGES, explain_run, run_recipe
 from potstill.pipeline.rundir import RunDir
-from potstill.pipeline.run import STAGES, explain_run, run_recipe, stage_fingerprints
 from potstill.recipes import Recipe, load_recipe
 from potstill.training import CheckpointStore
 
@@ -43,23 +43,25 @@ def metrics(recipe: Recipe, arm: str = "train") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (recipe.folder / arm / "metrics.jsonl").read_text().splitlines()]
 
 
-def finish_times(recipe: Recipe) -> dict[str, int]:
-    return {name: (recipe.folder / name / "manifest.json").stat().st_mtime_ns for name in stage_fingerprints(recipe)}
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, write_tiny_recipe) -> Path:
+    """Folder of a finished run of the tiny recipe. Copy it before anything is run in it."""
+    folder = tmp_path_factory.mktemp("finished")
+    run_recipe(load_recipe(write_tiny_recipe(folder)))
+    return folder / "run"
 
 
-def redone(before: Recipe, after: Recipe) -> list[str]:
-    """The stages that running `after` in the finished folder of `before` does again."""
-    run_recipe(before)
-    times = finish_times(before)
-    run_recipe(after)
-    return [name for name, time in finish_times(after).items() if times.get(name) != time]
+@pytest.fixture
+def continued(finished, tmp_path) -> None:
+    """Puts the finished run where the tiny recipe runs."""
+    shutil.copytree(finished, tmp_path / "run")
 
 
+@pytest.mark.usefixtures("continued")
 def test_a_run_ends_with_a_report_and_students_that_load_anywhere(load):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     recipe = load()
-    assert run_recipe(recipe) == recipe.folder
     for arm in ("initialise", "train", "control"):
         model = AutoModelForCausalLM.from_pretrained(recipe.folder / arm / "student")
         tokenizer = AutoTokenizer.from_pretrained(recipe.folder / arm / "student")
@@ -77,10 +79,23 @@ def test_a_run_ends_with_a_report_and_students_that_load_anywhere(load):
     assert set(samples[0]["completions"]) == {"teacher", "untrained", "control", "student"}
 
 
+@pytest.mark.usefixtures("continued")
 def test_nothing_is_done_twice(load, caplog):
     caplog.set_level(logging.INFO)
-    assert redone(load(), load()) == []
+    assert run_recipe(load()) == load().folder
     assert "all done before: nothing to do" in caplog.text
+    assert "in 0 s" not in caplog.text  # what a stage says when it was done
+
+
+@pytest.mark.usefixtures("continued")
+def test_only_stale_stages_are_done_again(load, caplog):
+    caplog.set_level(logging.INFO)
+    recipe = load("evaluation.max_rows=4")
+    before = {name: RunDir(recipe.folder).manifest(name) for name in STAGES}
+    run_recipe(recipe)
+    after = {name: RunDir(recipe.folder).manifest(name) for name in STAGES}
+    assert [name for name in STAGES if after[name] != before[name]] == ["evaluate", "report"]
+    assert "evaluate: stale (finished" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -97,11 +112,11 @@ def test_nothing_is_done_twice(load, caplog):
         ("data.sequence_length=16", list(STAGES)),
     ],
 )
-def test_a_changed_recipe_redoes_what_it_changes_and_no_more(load, caplog, change, stages):
-    caplog.set_level(logging.INFO)
-    assert redone(load("training.steps=2"), load("training.steps=2", change)) == stages
-    for stage in stages:
-        assert f"{stage}: stale" in caplog.text
+@pytest.mark.usefixtures("continued")
+def test_a_changed_recipe_makes_stale_what_it_changes_and_no_more(load, change, stages):
+    states = {status.stage: status.state for status in explain_run(load(change))}
+    assert [stage for stage, state in states.items() if state == "stale"] == stages
+    assert set(states.values()) <= {"done", "stale"}
 
 
 def test_up_to_a_stage_and_no_further(load):
@@ -122,9 +137,11 @@ def test_a_stage_that_the_recipe_switches_off_is_refused(load):
 
 @pytest.fixture(scope="session")
 def processes():
-    """Processes forked from a server that has imported everything and computed nothing: quick to start, safe to kill."""
+    """Processes forked from a server that has imported all and computed nothing: quick to start, safe to kill."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"potstill.pipeline.{name}" for name in ("arms", "judge", "run", "telling")])
+    ours = [f"potstill.pipeline.{name}" for name in ("arms", "judge", "run", "telling")]
+    theirs = ["torch._dynamo", "transformers.models.llama.modeling_llama", "transformers.generation.utils"]
+    context.set_forkserver_preload([*ours, *theirs])
     return context
 
 

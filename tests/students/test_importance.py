@@ -120,6 +120,13 @@ def test_a_shortlist_of_one_takes_the_least_first_rises_in_order(llama, search):
     assert all(value is not None for _, value in choice.removed)
 
 
+def test_the_shortlist_goes_by_what_a_layer_added_and_not_by_where_it_led(llama, search):
+    first, second = [10.0, 1.0, 2.0, 8.0, 9.0, 7.0], [8.6, 8.5]  # of layers 2 and 5, after layer 1 is gone at 1.0
+    values = iter([*first, *second, 20.0, 30.0])  # layer 2 added 7.6, so that it comes before layer 3, which added 8.0
+    choice, _ = search(llama, 3, shortlist=2, distance=lambda _: next(values))
+    assert choice.removed == ((1, 1.0), (5, 8.5), (2, 20.0))
+
+
 def test_without_time_influence_decides_at_the_cost_of_one_run(llama, search):
     silence(llama, 2, 5)
     choice, runs = search(llama, 2, seconds=0.0)

@@ -6,7 +6,7 @@ Run as a script, this file trains in a process of its own: one to be killed, or 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,15 @@ def learned(training: Training) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in state.items()}
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads cost such small products more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Kit:
     """What the tests build with; a fixture, since test modules cannot import each other."""
 
@@ -172,7 +181,7 @@ def main(folder: Path, steps: int, precision: str) -> None:
     torch.manual_seed(11)
     training = make_training(precision=precision, dropout=0.2 if precision == "bf16" else 0.0)
     store = CheckpointStore(folder / "checkpoints")
-    log = Callbacks(log=lambda line: print(f"step {line['step']} loss {line['loss']!r}", flush=True))
+    log = Callbacks(log=lambda line: sys.stdout.write(f"step {line['step']} loss {line['loss']!r}\n"))
     train(training, make_plan(steps, checkpoint_steps=1), store, log)
     if training.accelerator.is_main_process:
         torch.save(learned(training), folder / "final.pt")
@@ -180,4 +189,5 @@ def main(folder: Path, steps: int, precision: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    sys.stdout.reconfigure(line_buffering=True)
     main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -72,7 +72,7 @@ def test_ranks_share_a_steps_rows_exactly(count, batch_rows, ranks, rows_at_once
     together = [source(count, rank=(rank, ranks), **settings) for rank in range(ranks)]
     for _ in range(3):
         whole, shares = numbers(alone.draw()), [numbers(origin.draw()) for origin in together]
-        assert sorted(sum(shares, [])) == sorted(whole)
+        assert sorted(row for share in shares for row in share) == sorted(whole)
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
         assert min(map(len, shares)) > 0
 

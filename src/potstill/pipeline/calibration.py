@@ -32,11 +32,12 @@ class Pace:
     evaluation: float
 
 
-def measure_pace(recipe: Recipe, vocabulary: int) -> Pace:
-    """Time one step of every arm after a warm-up, and one reading by teacher and student."""
+def measure_pace(recipe: Recipe, vocabulary: int, steps: int) -> Pace:
+    """Time one step of every arm of a training of `steps` after a warm-up, and one reading by teacher and student."""
     teacher = build.build_teacher(recipe)
     device = pick_device(recipe.training.device, "training.device")
     student = build.build_stand_in(recipe, teacher.model).float().to(device)
+    build.compile_blocks(recipe, steps, student, teacher.model)
     trainable = build.build_trainable(recipe, student)
     batch = _random_batch(recipe, vocabulary).to(device)
     arms = ["student", "control"] if recipe.control.enabled else ["student"]

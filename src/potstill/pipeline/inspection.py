@@ -20,7 +20,7 @@ from potstill.pipeline.layers import count_layers
 from potstill.pipeline.metrics import check_trackers
 from potstill.pipeline.places import resolve_data, resolve_model, source_bytes
 from potstill.recipes import Recipe
-from potstill.recipes.schema import LayersStudent, PretrainedStudent
+from potstill.recipes.schema import FreshStudent, LayersStudent, PretrainedStudent
 from potstill.signals import shared_vocabulary
 
 __all__ = ["Inspection", "count_parameters", "inspect_recipe", "stage_bytes"]
@@ -94,6 +94,8 @@ def stage_bytes(recipe: Recipe, found: Inspection) -> Mapping[str, int]:
 
 
 def _blank_student(recipe: Recipe, teacher: Any) -> Any:
+    if isinstance(recipe.student, FreshStudent):  # whether sizes go together shows only where numbers flow
+        return build.build_stand_in(recipe, teacher).to("meta")
     if isinstance(recipe.student, LayersStudent):
         count_layers(recipe.student, teacher.config.get_text_config().num_hidden_layers)
     with init_empty_weights():

@@ -8,7 +8,8 @@ from torch import Tensor
 from potstill.data import PackedRows
 from potstill.engines import LocalEngine, read_causal
 from potstill.errors import RecipeError
-from potstill.losses.chunked import head_logits
+from potstill.losses import HeadTerm, distillation_loss
+from potstill.losses.arithmetic import Arithmetic
 from potstill.pipeline.progress import metered
 from potstill.recipes.schema import LayersStudent
 from potstill.students import LayerChoice, check_layers, choose_greedily, even_layers
@@ -48,15 +49,17 @@ def _search(spec: LayersStudent, teacher: LocalEngine, rows: PackedRows, count: 
     said = teacher.read(batch, Wants(final=True))
     if said.final_ND is None or said.head is None:
         raise ValueError("the greedy search needs the teacher's final hidden states and head")
-    head, judged_M = said.head, supervised_M[::stride]
-    log_p_NV = head_logits(said.final_ND[::stride], head).log_softmax(-1)
+    judged_M, teacher_ND = supervised_M[::stride], said.final_ND[::stride]
+    targets_N = batch.targets_N[::stride]
+    head = Arithmetic.of(teacher_ND).widen_head(said.head)  # once, not for every candidate
 
     def run() -> Tensor:
         return read_causal(teacher.model, batch)[0].flatten(0, 1)
 
     def distance(final_MD: Tensor) -> float:
-        log_q_NV = head_logits(final_MD[judged_M], head).log_softmax(-1)
-        return float(torch.nn.functional.kl_div(log_q_NV, log_p_NV, log_target=True, reduction="sum")) / len(judged_M)
+        terms = [HeadTerm("forward_kl")]
+        loss = distillation_loss(final_MD[judged_M], head, targets_N, terms, teacher_ND=teacher_ND, teacher_head=head)
+        return float(loss.total) / loss.count
 
     depth = teacher.model.config.get_text_config().num_hidden_layers
     with metered("initialise: layers", depth - count, "layers") as meter:

@@ -66,7 +66,7 @@ def print_plan(recipe: Recipe, *, measure: bool) -> None:
     statuses = explain_run(recipe)
     if any(status.state != "done" for status in statuses):
         check_disk(recipe.folder, estimate.disk_bytes, "this run")
-    pace = measure_pace(recipe, found.vocabulary) if measure else None
+    pace = measure_pace(recipe, found.vocabulary, estimate.steps) if measure else None
     stages = Table("stage", "state", "why", title=f"{recipe.name}: {recipe.folder}", title_justify="left")
     for status in statuses:
         stages.add_row(status.stage, status.state, status.why)

@@ -101,9 +101,9 @@ class Search(_Part):
     rows: Count = 4
     """Held-out rows on which the teacher-student KL is measured."""
     minutes: Positive = 5.0
-    """When the time is up, the remaining layers are chosen by block influence."""
-    shortlist: Count = 8
-    """Candidates tried a round: those whose removal changes their input least (1 - cosine)."""
+    """When the time is up, the rest goes by the last rises seen (before the first round is through: by block influence)."""
+    shortlist: Count = 6
+    """Candidates tried a round after the first: those whose removal raised the KL least when last tried."""
 
 
 class LayersStudent(_Part):
@@ -111,7 +111,7 @@ class LayersStudent(_Part):
 
     kind: Literal["layers"]
     keep: Literal["greedy", "even"] | list[Layer] = "greedy"
-    """0-based layer numbers, or `even`, or `greedy` (remove one by one the layer whose loss hurts least)."""
+    """0-based layer numbers, or `even`, or `greedy` (remove one by one the layer whose removal hurts least)."""
     count: Count | None = None
     """How many layers stay; needed for `greedy` and `even`."""
     search: Search = Search()
@@ -220,7 +220,7 @@ LossTerm = Annotated[ForwardKL | ReverseKL | CrossEntropy | HiddenMSE | HiddenCo
 
 class _Schedule(_Part):
     warmup: Fraction = 0.05
-    """Share of the steps over which the learning rate rises linearly from 0."""
+    """Share of the steps over which the learning rate rises linearly to its peak."""
 
 
 class CosineSchedule(_Schedule):
@@ -295,7 +295,7 @@ class Training(_Part):
     precision: Precision = "bf16"
     """bf16: autocast over fp32 master weights. fp32: everything in fp32."""
     gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them: a third slower, much less memory."""
+    """Compute activations twice instead of keeping them: slower, less memory."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the blocks of student and teacher (torch.compile): a slower start, faster steps. `auto`: where it pays."""
     device: str = "auto"
