@@ -76,7 +76,9 @@ def _root(
 def check(
     recipe: RecipeFile,
     set: Overrides = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Time a short step of every training on this machine.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time a short step of every training on this machine.")
+    ] = False,
 ) -> None:
     """Check a recipe and print the plan: what will run, with estimated tokens, memory, disk and time."""
     with stoppable():

@@ -20,7 +20,7 @@ BASE: dict[str, Any] = {
     "training": {"steps": 3},
 }
 KINDS = "forward_kl, reverse_kl, cross_entropy, hidden_mse or hidden_cosine"
-KEEP = "0-based layer numbers, or `even`, or `greedy` (remove one by one the layer whose loss hurts least)."
+KEEP = "0-based layer numbers, or `even`, or `greedy` (remove one by one the layer whose removal hurts least)."
 SEED = "Of everything that is random: splits, order, initial weights. Change it or leave it out for the default, 0."
 BETAS = "AdamW's decay rates of the first and second moment."
 LAYERS = (

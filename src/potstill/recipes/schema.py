@@ -101,7 +101,7 @@ class Search(_Part):
     rows: Count = 4
     """Held-out rows on which the teacher-student KL is measured."""
     minutes: Positive = 5.0
-    """When the time is up, the rest goes by the last rises seen (before the first round is through: by block influence)."""
+    """When the time is up, the rest goes by the last rises seen (before a first full round: by block influence)."""
     shortlist: Count = 6
     """Candidates tried a round after the first: those whose removal raised the KL least when last tried."""
 
@@ -297,7 +297,7 @@ class Training(_Part):
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: slower, less memory."""
     compile: bool | Literal["auto"] = "auto"
-    """Compile the blocks of student and teacher (torch.compile): a slower start, faster steps. `auto`: where it pays."""
+    """Compile the blocks of student and teacher (torch.compile): slower start, faster steps. `auto`: where it pays."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
     validate_every: Count | None = None
