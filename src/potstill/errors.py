@@ -1,4 +1,4 @@
-"""What can go wrong, and what it is called. Every message names the recipe key, what was got, what is needed, what to do.
+"""What can go wrong, and its name. Every message names the recipe key, what was got, what is needed, what to do.
 
     PotstillError
     ├── RecipeError (ValueError)            the recipe cannot be read or asks for the impossible

@@ -269,7 +269,7 @@ class LessonSource(Protocol):
 
 
 class Loss(Protocol):
-    """A distance between a student's view and a lesson. Counting needs no model: the global count is known beforehand."""
+    """A distance between a student's view and a lesson. Counting needs no model: it is done beforehand."""
 
     needs: frozenset[Offer]
 

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config
 
 from potstill.engines import LocalEngine, load_model, load_tokenizer, pick_device
-from potstill.engines.local import fingerprint_model, load_config
+from potstill.engines.local import load_config
 from potstill.errors import ModelError
 from potstill.types import Batch, Sampling, Wants
 
@@ -228,12 +228,3 @@ def test_a_model_that_fails_the_probe_is_not_loaded(tiny_llama, monkeypatch):
     monkeypatch.setattr("potstill.engines.local.probe", refuse)
     with pytest.raises(ModelError, match=r"^student\.model: LlamaForCausalLM refused"):
         load_model(str(tiny_llama), "fp32", CPU, "student.model")
-
-
-def test_a_fingerprint_tells_other_weights_but_not_other_days(tiny_llama, tmp_path):
-    folder = copied(tiny_llama, tmp_path)
-    before = fingerprint_model(str(folder))
-    assert fingerprint_model(str(folder)) == before
-    (folder / "model.safetensors").write_bytes(b"other")
-    assert fingerprint_model(str(folder)) != before
-    assert fingerprint_model("someone/model") == "someone/model"

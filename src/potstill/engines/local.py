@@ -5,7 +5,6 @@ Refuses a model without telling which recipe key asked for it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from ssl import SSLError
@@ -23,7 +22,7 @@ from potstill.engines.causal import CausalReader, probe
 from potstill.errors import ModelError
 from potstill.types import Batch, Offer, Sampling, Signal, Wants
 
-__all__ = ["DTYPES", "LocalEngine", "fingerprint_model", "load_config", "load_model", "load_tokenizer", "pick_device"]
+__all__ = ["DTYPES", "LocalEngine", "load_config", "load_model", "load_tokenizer", "pick_device"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -130,18 +129,6 @@ class LocalEngine:
         )
         texts = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
         return [str(text) for text in texts]
-
-
-def fingerprint_model(model: str) -> str:
-    """Which model this is: for a folder a hash of its files' names, sizes and times, for a hub id the id itself."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return model
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(folder.iterdir()):
-        stat = path.stat()
-        digest.update(f"{path.name}:{stat.st_size}:{stat.st_mtime_ns};".encode())
-    return digest.hexdigest()
 
 
 def _load(loader: Any, model: str, key: str, **options: Any) -> Any:

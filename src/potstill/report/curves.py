@@ -51,7 +51,7 @@ def _recorded(story: Story) -> list[tuple[str, Sequence[CurvePoint]]]:
 def _training_figure(arm: str, logged: Sequence[CurvePoint]) -> Figure:
     kept, group = _thin(logged)
     kinds = tuple(dict.fromkeys(kind for point in logged for kind in point.terms))
-    figure = blank_figure(_HEIGHT, "supervised tokens seen")
+    figure = blank_figure(_HEIGHT, "tokens seen")
     figure.add_trace(_curve(arm, kept, lambda point: point.loss, name="weighted sum"))
     for index, kind in enumerate(kinds if len(kinds) > 1 else ()):
         dash = _DASHES[index % len(_DASHES)]
@@ -76,7 +76,7 @@ def _training_figure(arm: str, logged: Sequence[CurvePoint]) -> Figure:
 
 
 def _validation_figure(name: str, curves: Sequence[tuple[str, Sequence[CurvePoint]]]) -> Figure:
-    figure, rows, ends = blank_figure(_HEIGHT, "supervised tokens seen"), [], []
+    figure, rows, ends = blank_figure(_HEIGHT, "tokens seen"), [], []
     label, unit = _LABELS.get(name, (name, "As logged"))
     figure.update_yaxes(tickformat=".0%" if name == "agreement" else None)
     for arm, points in curves:

@@ -20,7 +20,7 @@ ARMS = ("teacher", "untrained", "control", "student")
 class CurvePoint:
     """One line of an arm's training log.
 
-    tokens      supervised tokens seen since the start of the training
+    tokens      packed positions seen since the start of the training
     seconds     wall time since the start of the training
     loss        the arm's own weighted objective at this step; None on a line that only validates
     terms       {loss kind: value}, unweighted
