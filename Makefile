@@ -1,7 +1,9 @@
 # Every target sets up .venv first (scripts/setup.sh), which takes no time when nothing changed.
 #
 #   make demo                       distil a real language model on this machine
+#   make check                      format, lint, types, doors, the rules of the house
 #   make test                       all tests but the slow ones and those that need a GPU
+#   make test-slow                  kills, compiled runs, several processes: some minutes
 #   make PYTHON=python3.12 test     choose the interpreter of a new .venv
 
 PYTHON ?=
@@ -29,7 +31,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(PYTEST)
+	$(PYTEST) tests/test_house.py tests/test_docs.py
 
 bench: setup
 	mkdir -p runs/bench

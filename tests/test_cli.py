@@ -221,7 +221,8 @@ def test_schema_samples_and_recipes_are_printed(potstill, tmp_path):
     assert "quickstart" in potstill("recipes", "list").out
     shown = potstill("recipes", "show", "quickstart").out
     assert potstill("recipes", "new", tmp_path / "mine.yaml").code == 0
-    assert (tmp_path / "mine.yaml").read_text() == shown
+    copy = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
+    assert copy == shown.replace("name: quickstart", "name: mine")
     refuses(potstill("recipes", "new", tmp_path / "mine.yaml"), "File exists", "Choose another path")
 
 
@@ -282,3 +283,8 @@ def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
             return
         time.sleep(0.01)
     raise AssertionError(f"no training began: {process.communicate()}")
+
+
+def test_several_processes_are_refused_in_one_line(potstill, tiny_recipe, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refuses(potstill("run", tiny_recipe), "WORLD_SIZE is set", "without a launcher")

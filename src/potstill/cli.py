@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -166,10 +167,11 @@ def recipes_new(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it; must not exist.")],
     start: Annotated[str, typer.Option("--from", metavar="NAME", help="Shipped recipe to start from.")] = "quickstart",
 ) -> None:
-    """Write a copy of a shipped recipe to change."""
+    """Write a copy of a shipped recipe to change, named after the file: a run lives in the folder of its name."""
     from potstill.recipes import shipped_recipe
 
-    text = shipped_recipe(start).read_text(encoding="utf-8")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "mine"
+    text = re.sub(r"(?m)^name: .*$", f"name: {name}", shipped_recipe(start).read_text(encoding="utf-8"), count=1)
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
@@ -179,6 +181,11 @@ def recipes_new(
 
 
 def _walk(recipe: str, overrides: list[str] | None, until: str | None) -> None:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise RecipeError(
+            "WORLD_SIZE is set, so several processes were started: a run is one process for now. Start potstill "
+            "without a launcher; choose its GPU with training.device."
+        )
     with stoppable() as stopping:
         loaded = _load(recipe, overrides)
         _quiet_libraries()

@@ -177,6 +177,15 @@ class Signal:
     head: Head | None = None
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
 
+    def to(self, device: torch.device | str) -> Signal:
+        """The same signal on another device."""
+        head = self.head
+        if head is not None:
+            bias_V = None if head.bias_V is None else head.bias_V.to(device)
+            head = replace(head, weight_VD=head.weight_VD.to(device), bias_V=bias_V)
+        final_ND = None if self.final_ND is None else self.final_ND.to(device)
+        return Signal(final_ND, head, {layer: hidden.to(device) for layer, hidden in self.hidden.items()})
+
 
 @dataclass(frozen=True, slots=True)
 class StudentView:

@@ -528,29 +528,6 @@ def test_the_gpu_agrees_with_float64(compiled):
     assert max(relative_error(a, b) for a, b in zip(found, expected, strict=True)) < 1e-5
 
 
-@pytest.mark.parametrize(("worth", "can", "compiles"), [(1 << 24, True, False), (0, False, False), (0, True, True)])
-def test_only_large_problems_are_compiled_and_only_where_a_compiler_is(monkeypatch, worth, can, compiles):
-    asked = mock.Mock(side_effect=lambda function, **_: function)
-    monkeypatch.setattr(torch, "compile", asked)
-    monkeypatch.setattr(chunked, "WORTH_COMPILING", worth)
-    monkeypatch.setattr(chunked, "can_compile", lambda device_type: can)
-    chunked._kernel.cache_clear()
-    chunked._scores.cache_clear()
-    problem = make_problem()
-    problem.loss(ALL_TERMS, compiled=None)
-    position_scores(*sides(problem), problem.targets_N)
-    chunked._kernel.cache_clear()
-    chunked._scores.cache_clear()
-    assert asked.call_count == (2 if compiles else 0)
-
-
-@pytest.mark.parametrize(("found", "expected"), [(None, False), ("/usr/bin/g++", True)])
-def test_a_cpu_compiles_where_a_compiler_is_on_the_path(monkeypatch, found, expected):
-    monkeypatch.setattr(chunked.shutil, "which", lambda name: found)
-    assert chunked.can_compile.__wrapped__("cpu") is expected
-    assert chunked.can_compile.__wrapped__("mps") is False
-
-
 # ------------------------------------------------------------------------------------------------ scores of positions
 
 
@@ -608,3 +585,38 @@ def test_scores_of_sides_that_do_not_fit_are_refused(change, text):
     changed = replace(problem, **change(problem))
     with pytest.raises(ValueError, match=text):
         position_scores(*sides(changed), changed.targets_N)
+
+
+def test_where_compiling_fails_it_is_said_once_and_everything_runs_plain(monkeypatch, caplog):
+    def refuse(function):
+        raise RuntimeError("Python.h: no such file")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    monkeypatch.setattr(chunked, "WORTH_COMPILING", 1)
+    chunked.can_compile.cache_clear()
+    try:
+        with caplog.at_level("INFO", logger="potstill"):
+            for _ in range(2):
+                loss = distillation_loss(
+                    torch.randn(4, 3), Head(torch.randn(5, 3)), torch.arange(4), [HeadTerm("cross_entropy")]
+                )
+                assert torch.isfinite(loss.total)
+        assert caplog.text.count("Python.h: no such file") == 1
+    finally:
+        chunked.can_compile.cache_clear()
+
+
+@pytest.mark.parametrize(("worth", "can", "compiles"), [(1 << 24, True, False), (0, False, False), (0, True, True)])
+def test_only_large_problems_are_compiled_and_only_where_a_compiler_is(monkeypatch, worth, can, compiles):
+    asked = mock.Mock(side_effect=lambda function, **_: function)
+    monkeypatch.setattr(torch, "compile", asked)
+    monkeypatch.setattr(chunked, "WORTH_COMPILING", worth)
+    monkeypatch.setattr(chunked, "can_compile", lambda device_type: can)
+    chunked._kernel.cache_clear()
+    chunked._scores.cache_clear()
+    problem = make_problem()
+    problem.loss(ALL_TERMS, compiled=None)
+    position_scores(*sides(problem), problem.targets_N)
+    chunked._kernel.cache_clear()
+    chunked._scores.cache_clear()
+    assert asked.call_count == (2 if compiles else 0)

@@ -77,7 +77,10 @@ def read_lessons(teacher: LocalEngine, rows: PackedRows, most: int | None, *, at
 
 def _assemble(recipe: Recipe, inputs: Inputs, arm: Arm, rows: PackedRows, *, steps: int) -> tuple[Training, Any]:
     """All parts of the training, and the student's model itself, which is what is saved at the end."""
-    accelerator = Accelerator(cpu=pick_device(recipe.training.device, "training.device").type == "cpu")
+    device = pick_device(recipe.training.device, "training.device")
+    if device.index is not None:
+        torch.cuda.set_device(device)  # accelerate takes the current one
+    accelerator = Accelerator(cpu=device.type == "cpu")
     student = load_model(str(inputs.initial / STUDENT), "fp32", accelerator.device, "student")
     teacher = build.build_teacher(recipe)
     objective = build.build_objective(

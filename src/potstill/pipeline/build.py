@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
@@ -112,17 +113,30 @@ def compile_blocks(recipe: Recipe, steps: int, student: Any, teacher: Any | None
 
     All blocks of a model share one compiled function. Raises RecipeError where it is asked for and cannot be done.
     """
-    possible = can_compile(student.device.type)
-    if recipe.training.compile is True and not possible:
-        raise RecipeError("training.compile: true needs a C++ compiler (g++ or clang++). Install one, or say `auto`.")
+    # What was compiled before, for the other arm or the layer search, would be used again where its shapes fit: a run
+    # that was interrupted in between would then compute with other code than one that was not.
+    torch._dynamo.reset()
+    if not _worth_compiling(recipe, steps, student):
+        return
+    # Past this limit torch falls back to uncompiled code, silently; packed and unpacked batches, training and
+    # validation, and each type of block are one variant each.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for model in (student, teacher):
+        for block in find_blocks(model)[1] if model is not None else ():
+            block.compile(dynamic=False)
+
+
+def _worth_compiling(recipe: Recipe, steps: int, student: Any) -> bool:
     positions = steps * recipe.training.batch_rows * recipe.data.sequence_length
     operations = 6 * positions * sum(parameter.numel() for parameter in student.parameters())
-    if recipe.training.compile is True or (
-        recipe.training.compile == "auto" and possible and operations >= WORTH_COMPILING_OPERATIONS
-    ):
-        for model in (student, teacher):
-            for block in find_blocks(model)[1] if model is not None else ():
-                block.compile()
+    if recipe.training.compile == "auto":
+        return operations >= WORTH_COMPILING_OPERATIONS and can_compile(student.device.type)
+    if recipe.training.compile and not can_compile(student.device.type):
+        raise RecipeError(
+            "training.compile: true needs a working C++ compiler with Python's headers (g++ and python3-dev). Install "
+            "them, or say `auto`."
+        )
+    return recipe.training.compile
 
 
 def check_losses(recipe: Recipe) -> None:

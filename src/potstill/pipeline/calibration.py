@@ -16,7 +16,7 @@ from potstill.engines import LocalEngine, TrainableCausal, pick_device
 from potstill.losses import Objective
 from potstill.pipeline import build
 from potstill.recipes import Recipe
-from potstill.types import Batch, Lesson, Wants
+from potstill.types import Batch, Lesson, Signal, Wants
 
 __all__ = ["Pace", "measure_pace"]
 
@@ -55,7 +55,8 @@ def measure_pace(recipe: Recipe, vocabulary: int, steps: int) -> Pace:
 
 
 def _step(trainable: TrainableCausal, objective: Objective, batch: Batch, teacher: LocalEngine) -> None:
-    lesson = Lesson(batch, teacher.read(batch, build.wants_of(objective))) if objective.needs else Lesson(batch)
+    said = teacher.read(batch, build.wants_of(objective)) if objective.needs else Signal()
+    lesson = Lesson(batch, said.to(batch.ids_BT.device))
     share, _ = objective(trainable(batch, objective.layers()[0]), lesson, objective.counts([batch]))
     share.backward()
     trainable.zero_grad()

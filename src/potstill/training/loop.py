@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -220,7 +220,8 @@ def _validate(training: Training, student: nn.Module) -> dict[str, float]:
     terms: dict[str, float] = {}
     student.eval()
     for lesson in training.validation:
-        held_out = replace(lesson, batch=lesson.batch.to(training.accelerator.device))
+        device = training.accelerator.device
+        held_out = Lesson(lesson.batch.to(device), lesson.signal.to(device))
         view = student(held_out.batch, examiner.layers()[0])
         for name, value in examiner(view, held_out, counts)[1].items():
             terms[name] = terms.get(name, 0.0) + float(value)

@@ -68,7 +68,8 @@ class RowSource:
 
     def lesson(self, batch: Batch) -> Lesson:
         """The batch with what the teacher says of it."""
-        return Lesson(batch, self._teacher.read(batch, self._wants) if self._teacher else Signal())
+        signal = self._teacher.read(batch, self._wants) if self._teacher else Signal()
+        return Lesson(batch, signal.to(batch.ids_BT.device))
 
     def state_dict(self) -> dict[str, Any]:
         """How many rows were drawn, and from what: another order or data set is not continued silently."""
