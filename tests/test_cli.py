@@ -15,8 +15,15 @@ from typing import NamedTuple
 import pytest
 from filelock import FileLock
 
+import potstill as package
 from potstill import cli
 from potstill.pipeline import stages
+
+
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "potstill", "--version"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, f"{package.__version__}\n", "")
 
 
 class Finished(NamedTuple):

@@ -28,6 +28,7 @@ DOORS = {
     "serve": {"types", "errors", "data"},
     "training": {"types", "errors", "data", "signals"},
     "cli": {"pipeline", "recipes", "errors"},
+    "__main__": {"cli"},
 }
 """Who may import whom; `pipeline`, the hallway, may enter every room but `cli`."""
 

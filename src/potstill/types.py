@@ -218,11 +218,12 @@ class LossSum:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to generate. temperature 0 is greedy."""
+    """How to generate. temperature 0 is greedy; before `min_new_tokens` no end token is chosen."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
+    min_new_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

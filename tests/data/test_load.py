@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pytest
+from huggingface_hub.utils import httpx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -176,19 +178,83 @@ def test_an_id_that_the_hub_does_not_know_is_refused(monkeypatch):
         load_examples("acme/nothing")
 
 
-def test_a_hub_id_is_streamed_with_its_split(monkeypatch):
+@pytest.mark.parametrize("config", [None, "large"])
+def test_a_hub_id_is_streamed_with_its_configuration_and_split(config, monkeypatch):
     asked = {}
 
-    def give(name: str, **options: object) -> datasets.IterableDataset:
-        asked.update(options, name=name)
+    def give(source: str, config: str | None, **options: object) -> datasets.IterableDataset:
+        asked.update(options, source=source, config=config)
         return datasets.Dataset.from_dict({"text": ["a", "b"], "x": [1, 2]}).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", give)
-    assert [(row.id, row.text) for row in read("acme/some", split="dev")] == [
+    assert [(row.id, row.text) for row in read("acme/some", config=config, split="dev")] == [
         ("acme/some:1", "a"),
         ("acme/some:2", "b"),
     ]
-    assert asked == {"name": "acme/some", "split": "dev", "streaming": True}
+    assert asked == {"source": "acme/some", "config": config, "split": "dev", "streaming": True}
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [(None, "has several configurations"), ("larg", "has no configuration 'larg'")],
+)
+def test_a_configuration_that_is_needed_or_not_there_is_told_with_those_that_are(config, told, tmp_path, monkeypatch):
+    """Through the library itself, so that a change of its words is noticed."""
+    for name in ("large", "small"):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "a.jsonl", [{"text": name}])
+    lines = [f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in ("large", "small")]
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{''.join(lines)}---\n")
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda _, *rest, **options: load(str(tmp_path), *rest, **options))
+    assert [row.text for row in read("acme/some", config="small")] == ["small"]
+    with pytest.raises(DataError) as caught:
+        load_examples("acme/some", config=config)
+    assert str(caught.value) == f"data.config: acme/some {told}; available are: large, small. Name one of them."
+
+
+def test_a_configuration_of_what_is_no_hub_id_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    for source, kind in ((path, "file"), (tmp_path, "folder")):
+        with pytest.raises(
+            DataError, match=rf"^data\.config: got 'large', but .* is a {kind} here.* Leave data\.config out"
+        ):
+            load_examples(str(source), config="large")
+
+
+def test_a_data_set_that_is_a_script_is_refused(monkeypatch):
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("Dataset scripts are no longer supported,\nbut found some.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(
+        DataError, match=r"^data\.source: acme/some cannot be read .*but found some\.py\)\. Download it"
+    ):
+        load_examples("acme/some")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            ConnectionError("Server\nDisconnected"),
+            r"stopped giving acme/some \(Server Disconnected\)\. Check the network",
+        ),
+        (httpx.ReadTimeout(""), r"stopped giving acme/some \(ReadTimeout\)\. Check the network"),
+        (ValueError("bad\ncell"), r"acme/some cannot be read .*\(bad cell\)"),
+        (NotImplementedError("archive"), r"acme/some cannot be read .*\(archive\)"),
+    ],
+)
+def test_what_goes_wrong_after_the_first_rows_is_told_in_one_line(error, told, monkeypatch):
+    def rows() -> Iterator[dict[str, str]]:
+        yield {"text": "a"}
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.IterableDataset.from_generator(rows))
+    found = load_examples("acme/some")
+    assert next(found).text == "a"
+    with pytest.raises(DataError, match=rf"^data\.source: .*{told}"):
+        next(found)
 
 
 def test_a_folder_with_a_stray_file_or_nothing_is_refused(tmp_path):

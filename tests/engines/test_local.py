@@ -11,13 +11,21 @@ import torch
 from huggingface_hub import constants
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config
 
-from potstill.engines import LocalEngine, load_model, load_tokenizer, pick_device
-from potstill.engines.local import load_config
+from potstill.engines import LocalEngine, find_folder, load_model, load_tokenizer, pick_device
+from potstill.engines.local import _hub_answers, load_config
 from potstill.errors import ModelError
 from potstill.types import Batch, Sampling, Wants
 
 CPU = torch.device("cpu")
 PROMPTS = [("The red fox counts: one, two. " * (1 + i % 3))[: 5 + 3 * i] for i in range(18)]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known_of_the_hub():
+    """A process asks once; every test here is one of its own."""
+    _hub_answers.cache_clear()
+    yield
+    _hub_answers.cache_clear()
 
 
 @pytest.fixture
@@ -70,6 +78,20 @@ def test_a_publishers_taste_does_not_count_and_is_kept(engine):
     taste.repetition_penalty, taste.no_repeat_ngram_size, taste.do_sample, taste.temperature = 9.0, 1, True, 5.0
     assert engine.generate(PROMPTS[:4], Sampling(max_new_tokens=12)) == plain
     assert engine.model.generation_config is taste
+
+
+@pytest.mark.parametrize("least", [0, 3, 5])
+def test_no_completion_ends_before_the_smallest_number_of_new_tokens(engine, least):
+    """Of a model that would end at once; every new token is one pass."""
+    passes = []
+
+    def end(head, inputs, logits_BTV):
+        passes.append(head)
+        return logits_BTV.index_fill(-1, torch.tensor([engine.tokenizer.eos_token_id]), 1e4)
+
+    engine.model.lm_head.register_forward_hook(end)
+    engine.generate(PROMPTS[:3], Sampling(max_new_tokens=5, min_new_tokens=least))
+    assert len(passes) == min(5, least + 1)
 
 
 def test_sampling_draws_from_the_whole_vocabulary(engine):
@@ -204,16 +226,29 @@ def test_without_a_network_a_hub_id_is_refused_after_one_try(no_network, load, m
     assert len(no_network) <= 1
 
 
-def test_without_a_network_the_cache_is_enough(no_network, tiny_llama, tmp_path, monkeypatch):
+@pytest.fixture
+def cached(tiny_llama, tmp_path, monkeypatch):
+    """The tiny model as the hub's cache holds it; gives the folder of its files."""
     commit = "0" * 40
     repository = tmp_path / "models--someone--tiny"
     shutil.copytree(tiny_llama, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    return repository / "snapshots" / commit
+
+
+def test_without_a_network_the_cache_is_enough_and_the_hub_is_asked_once(no_network, cached):
     assert load_model("someone/tiny", "fp32", CPU, "teacher.model").config.num_hidden_layers == 4
     assert len(load_tokenizer("someone/tiny", "teacher.model")) == 300
-    assert len(no_network) <= 2
+    assert len(no_network) == 1
+
+
+def test_a_model_is_found_where_it_lies_without_asking_the_hub(no_network, cached, tiny_llama):
+    assert find_folder("someone/tiny") == cached
+    assert find_folder(str(tiny_llama)) == tiny_llama
+    assert [find_folder(absent) for absent in ("someone/else", "no/such/folder", str(cached / "absent"))] == [None] * 3
+    assert no_network == []
 
 
 def test_dtypes_are_what_is_asked(tiny_llama):

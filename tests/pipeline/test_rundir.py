@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -16,8 +17,9 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
-from potstill.errors import RunError
+from potstill.errors import RunError, SampleError
 from potstill.pipeline import disk, rundir
 from potstill.pipeline.disk import check_disk, read_json, replace_folder, write_json_atomic, write_text_atomic
 from potstill.pipeline.memory import peak_memory_bytes, reset_peak_memory
@@ -42,12 +44,13 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_finished_stage_is_done_and_says_what_it_did(tmp_path: Path) -> None:
-    with open_run(tmp_path / "run", RECIPE) as run:
+    with open_run(tmp_path / "run") as run:
         assert run.state("prepare", "f1") == "missing"
+        run.write_recipe(RECIPE)
         make_stage(run)
         assert run.state("prepare", "f1") == "done"
         manifest = run.manifest("prepare")
-    assert (tmp_path / "run" / "recipe.yaml").read_text() == RECIPE
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == rundir.RECIPE_MARK + RECIPE
     assert (manifest.stage, manifest.fingerprint, manifest.seed) == ("prepare", "f1", 7)
     assert manifest.inputs == {"data": "abc"}
     assert manifest.facts == {"rows": 3}
@@ -61,7 +64,7 @@ def test_a_finished_stage_is_done_and_says_what_it_did(tmp_path: Path) -> None:
 
 
 def test_another_fingerprint_is_stale_and_nothing_is_touched_before_it_begins(tmp_path: Path) -> None:
-    with open_run(tmp_path, RECIPE) as run:
+    with open_run(tmp_path) as run:
         make_stage(run)
         before = tree(tmp_path / "prepare")
         assert run.state("prepare", "f2") == "stale"
@@ -82,7 +85,7 @@ def interrupt(run: RunDir, fingerprint: str) -> None:
 
 
 def test_interrupted_work_is_kept_for_the_same_fingerprint_only(tmp_path: Path) -> None:
-    with open_run(tmp_path, RECIPE) as run:
+    with open_run(tmp_path) as run:
         interrupt(run, "f1")
         assert run.state("train", "f1") == "partial"
         assert run.state("train", "f2") == "stale"
@@ -97,7 +100,7 @@ def test_interrupted_work_is_kept_for_the_same_fingerprint_only(tmp_path: Path) 
 
 
 def test_a_done_stage_that_is_begun_again_starts_from_nothing(tmp_path: Path) -> None:
-    with open_run(tmp_path, RECIPE) as run:
+    with open_run(tmp_path) as run:
         make_stage(run)
         with run.stage("prepare", "f1") as stage:
             assert not (stage.folder / "deep").exists()
@@ -105,14 +108,14 @@ def test_a_done_stage_that_is_begun_again_starts_from_nothing(tmp_path: Path) ->
 
 
 def test_a_stage_that_forgets_to_finish_is_not_done(tmp_path: Path) -> None:
-    with open_run(tmp_path, RECIPE) as run:
+    with open_run(tmp_path) as run:
         with pytest.raises(RunError, match="without finishing"), run.stage("train", "f1"):
             pass
         assert run.state("train", "f1") == "partial"
 
 
 def test_only_named_outputs_must_stay(tmp_path: Path) -> None:
-    with open_run(tmp_path, RECIPE) as run:
+    with open_run(tmp_path) as run:
         with run.stage("train", "f1") as stage:
             for name in ("student", "checkpoints"):
                 (stage.folder / name).mkdir()
@@ -127,7 +130,7 @@ def test_only_named_outputs_must_stay(tmp_path: Path) -> None:
 
 def test_an_output_that_was_promised_and_not_made_is_refused(tmp_path: Path) -> None:
     with (
-        open_run(tmp_path, RECIPE) as run,
+        open_run(tmp_path) as run,
         pytest.raises(RunError, match=r"run_dir: .*train/student cannot be written \(No such file"),
         run.stage("train", "f1") as stage,
     ):
@@ -137,10 +140,72 @@ def test_an_output_that_was_promised_and_not_made_is_refused(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_number_that_is_none_never_reaches_the_manifest(tmp_path: Path, value: float) -> None:
-    with open_run(tmp_path, RECIPE) as run:
+    with open_run(tmp_path) as run:
         with pytest.raises(ValueError, match="not JSON compliant"), run.stage("train", "f1") as stage:
             stage.finish(loss=value)
         assert run.state("train", "f1") == "partial"
+
+
+def test_a_recipe_of_the_users_is_never_written_over(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: toy  # my comment\n")
+    with pytest.raises(RunError, match=r"run_dir: .*/recipe\.yaml was not written by potstill\."), open_run(tmp_path):
+        pass
+    assert tree(tmp_path) == {"recipe.yaml": b"name: toy  # my comment\n"}
+
+
+def test_what_potstill_wrote_it_writes_again(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        with open_run(tmp_path) as run:
+            run.write_recipe(f"name: {name}\n")
+    assert (tmp_path / "recipe.yaml").read_text().splitlines()[1:] == ["name: two"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), r"run_dir: .*train cannot be written \(No space left"),
+        (SafetensorError("I/O error: full (os error 28)"), r"run_dir: .*train cannot be written \(I/O error"),
+        (PermissionError(errno.EACCES, "Permission denied", "IN/a"), r"run_dir: .*train/a cannot be .*Permission"),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/a"), r"could not go on \(.*'/data/a'\)\. Mend that"),
+        (ConnectionError("no route"), r"run_dir: the stage in .*train could not go on \(no route\)"),
+    ],
+    ids=["full", "safetensors", "ours", "theirs", "network"],
+)
+def test_what_the_system_refuses_in_a_stage_is_told(tmp_path: Path, error: Exception, message: str) -> None:
+    if str(getattr(error, "filename", "")).startswith("IN/"):
+        error.filename = str(tmp_path / "train" / "a")
+    with open_run(tmp_path) as run:
+        with pytest.raises(RunError, match=message), run.stage("train", "f1"):
+            raise error
+        assert run.state("train", "f1") == "partial"
+
+
+def test_errors_of_potstill_leave_a_stage_as_they_are(tmp_path: Path) -> None:
+    with open_run(tmp_path) as run, pytest.raises(SampleError, match=r"^sample: gone$"), run.stage("train", "f1"):
+        raise SampleError("sample: gone")
+
+
+def test_a_stage_costs_what_all_its_attempts_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = iter([0.0, 100.0, 1000.0, 1010.0])
+    peaks = iter([7, 5])
+    monkeypatch.setattr(rundir.time, "monotonic", lambda: next(now_s))
+    monkeypatch.setattr(rundir, "peak_memory_bytes", lambda: next(peaks))
+    run = RunDir(tmp_path)
+    interrupt(run, "f1")
+    with run.stage("train", "f1") as stage:
+        manifest = stage.finish()
+    assert (manifest.attempts, manifest.timed_attempts) == (2, 2)
+    assert (manifest.wall_s, manifest.peak_rss_bytes) == (110.0, 7)
+
+
+def test_an_attempt_that_was_killed_is_not_counted_as_timed(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    interrupt(run, "f1")
+    started = json.loads((tmp_path / "train" / "started.json").read_text())
+    (tmp_path / "train" / "started.json").write_text(json.dumps(started | {"attempts": 2}))  # as kill -9 leaves it
+    with run.stage("train", "f1") as stage:
+        manifest = stage.finish()
+    assert (manifest.attempts, manifest.timed_attempts) == (3, 2)
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -158,7 +223,7 @@ def test_a_number_that_is_none_never_reaches_the_manifest(tmp_path: Path, value:
     ids=["gone", "short", "changed", "folder", "parent gone"],
 )
 def test_an_output_that_is_not_what_it_was_is_damage(tmp_path: Path, hurt: Callable[[Path], object]) -> None:
-    with open_run(tmp_path, RECIPE) as run:
+    with open_run(tmp_path) as run:
         make_stage(run)
         hurt(tmp_path / "prepare" / "deep" / "rows.txt")
         assert run.state("prepare", "f1") == "damaged"
@@ -168,7 +233,7 @@ def test_an_output_that_is_not_what_it_was_is_damage(tmp_path: Path, hurt: Calla
 
 
 def test_beginning_a_damaged_stage_drops_what_is_broken_and_keeps_the_rest(tmp_path: Path) -> None:
-    with open_run(tmp_path, RECIPE) as run:
+    with open_run(tmp_path) as run:
         with run.stage("train", "f1") as stage:
             (stage.folder / "good").write_text("good")
             (stage.folder / "bad").write_text("bad")
@@ -182,7 +247,7 @@ def test_beginning_a_damaged_stage_drops_what_is_broken_and_keeps_the_rest(tmp_p
 
 def test_large_outputs_are_verified_by_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rundir, "HASHED_BYTES", 3)
-    with open_run(tmp_path, RECIPE) as run:
+    with open_run(tmp_path) as run:
         make_stage(run)
         assert run.manifest("prepare").outputs["deep/rows.txt"].blake2b is None
         (tmp_path / "prepare" / "deep" / "rows.txt").write_text("rowz")
@@ -206,7 +271,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("content", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_damaged_manifest_is_never_taken_for_done(tmp_path: Path, content: bytes) -> None:
-    with open_run(tmp_path, RECIPE) as run:
+    with open_run(tmp_path) as run:
         make_stage(run)
         (tmp_path / "prepare" / "manifest.json").write_bytes(content)
         assert run.state("prepare", "f1") == "damaged"
@@ -246,7 +311,7 @@ def test_a_forged_manifest_cannot_reach_outside_of_its_stage(tmp_path: Path, nam
 
 @pytest.mark.parametrize("content", HOSTILE, ids=range(len(HOSTILE)))
 def test_work_of_unknown_origin_is_not_continued(tmp_path: Path, content: bytes) -> None:
-    with open_run(tmp_path, RECIPE) as run:
+    with open_run(tmp_path) as run:
         interrupt(run, "f1")
         (tmp_path / "train" / "started.json").write_bytes(content)
         assert run.state("train", "f1") == "missing"
@@ -259,7 +324,7 @@ def test_somebody_elses_folder_is_never_cleared(tmp_path: Path) -> None:
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "thesis.tex").write_text("ten years")
     with (
-        open_run(tmp_path, RECIPE) as run,
+        open_run(tmp_path) as run,
         pytest.raises(RunError, match=r"run_dir: .*/report holds files that potstill did not write\. Move them"),
         run.stage("report", "f1"),
     ):
@@ -268,7 +333,7 @@ def test_somebody_elses_folder_is_never_cleared(tmp_path: Path) -> None:
 
 
 def test_a_linked_stage_folder_is_unlinked_and_its_target_left_alone(tmp_path: Path) -> None:
-    with open_run(tmp_path / "run", RECIPE) as run:
+    with open_run(tmp_path / "run") as run:
         make_stage(run)
         (tmp_path / "run" / "prepare").rename(tmp_path / "elsewhere")
         (tmp_path / "run" / "prepare").symlink_to(tmp_path / "elsewhere")
@@ -279,7 +344,7 @@ def test_a_linked_stage_folder_is_unlinked_and_its_target_left_alone(tmp_path: P
 
 
 def test_explain_tells_every_stage_in_order(tmp_path: Path) -> None:
-    with open_run(tmp_path, RECIPE) as run:
+    with open_run(tmp_path) as run:
         for name in ("prepare", "initialise", "evaluate"):
             make_stage(run, name)
         (tmp_path / "evaluate" / "deep" / "rows.txt").unlink()
@@ -340,7 +405,8 @@ def die_at(number: int, act: Callable[[], None]) -> bool:
 
 def run_both(folder: Path, fingerprint: str) -> None:
     """Two stages as the pipeline runs them; the second continues what it finds."""
-    with open_run(folder, f"name: {fingerprint}\n") as run:
+    with open_run(folder) as run:
+        run.write_recipe(f"name: {fingerprint}\n")
         for name in ("prepare", "train"):
             if run.state(name, fingerprint) == "done":
                 continue
@@ -473,7 +539,7 @@ def test_replace_folder_never_loses_the_last_whole_folder(tmp_path: Path, existi
 HOLDER = """
 import sys, time
 from potstill.pipeline.rundir import open_run
-with open_run(sys.argv[1], "name: other"):
+with open_run(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -491,7 +557,7 @@ def holder(tmp_path: Path):
 
 def test_a_run_held_by_another_process_is_refused_at_once_and_survives_kill_9(tmp_path: Path, holder) -> None:
     began_s = time.monotonic()
-    with pytest.raises(RunError) as caught, open_run(tmp_path / "run", "name: mine"):
+    with pytest.raises(RunError) as caught, open_run(tmp_path / "run"):
         pass
     assert time.monotonic() - began_s < 2
     assert re.fullmatch(
@@ -499,30 +565,29 @@ def test_a_run_held_by_another_process_is_refused_at_once_and_survives_kill_9(tm
         r"Wait until it ends or stop it, or choose another run_dir\.",
         str(caught.value),
     )
-    assert (tmp_path / "run" / "recipe.yaml").read_text() == "name: other"
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert (tmp_path / "run" / ".owner.json").exists()
-    with open_run(tmp_path / "run", "name: mine"):
-        assert (tmp_path / "run" / "recipe.yaml").read_text() == "name: mine"
+    with open_run(tmp_path / "run"):
+        assert json.loads((tmp_path / "run" / ".owner.json").read_text())["pid"] == os.getpid()
 
 
 def test_a_run_is_refused_to_a_second_opening_in_the_same_process_and_freed_after(tmp_path: Path) -> None:
-    with open_run(tmp_path, RECIPE):
-        with pytest.raises(RunError, match=f"in use by process {os.getpid()} on "), open_run(tmp_path, RECIPE):
+    with open_run(tmp_path):
+        with pytest.raises(RunError, match=f"in use by process {os.getpid()} on "), open_run(tmp_path):
             pass
         (tmp_path / ".owner.json").write_text("{")
-        with pytest.raises(RunError, match="in use by another process"), open_run(tmp_path, RECIPE):
+        with pytest.raises(RunError, match="in use by another process"), open_run(tmp_path):
             pass
-    with open_run(tmp_path, RECIPE):
+    with open_run(tmp_path):
         pass
     assert not (tmp_path / ".owner.json").exists()
 
 
 def test_an_error_inside_frees_the_lock(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), open_run(tmp_path, RECIPE):
+    with pytest.raises(ZeroDivisionError), open_run(tmp_path):
         _ = 1 / 0
-    with open_run(tmp_path, RECIPE):
+    with open_run(tmp_path):
         pass
 
 
@@ -531,7 +596,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     for folder, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "run", "Not a directory")):
         with (
             pytest.raises(RunError, match=rf"run_dir: .*file.* cannot be written \({reason}\)\. Free space"),
-            open_run(folder, RECIPE),
+            open_run(folder),
         ):
             pass
 
@@ -539,7 +604,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(RunError, match=r"run_dir: .*\(Permission denied\)"), open_run(tmp_path / "run", RECIPE):
+    with pytest.raises(RunError, match=r"run_dir: .*\(Permission denied\)"), open_run(tmp_path / "run"):
         pass
     tmp_path.chmod(0o700)
 

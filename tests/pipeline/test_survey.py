@@ -58,3 +58,8 @@ def test_reading_stops_at_the_limit_and_says_so(recipe):
 def test_an_empty_split_is_named(recipe, shares, words):
     with pytest.raises(DataError, match=words):
         survey_data(recipe(4, f"data.splits={shares}", "seed=0"))
+
+
+def test_the_configuration_that_the_recipe_names_is_read(recipe):
+    with pytest.raises(DataError, match=r"^data\.config: got 'large', but .* is a file here"):
+        survey_data(recipe(30, "data.config=large"))

@@ -268,7 +268,9 @@ def part(kind: str, **fields: st.SearchStrategy[object]) -> st.SearchStrategy[di
     return some(**fields).map(lambda given: {"kind": kind, **given})
 
 
-LAYERS = st.sampled_from(["even", "last"]) | st.dictionaries(st.integers(0, 40), st.integers(0, 40), max_size=4)
+LAYERS = st.sampled_from(["even", "last"]) | st.dictionaries(
+    st.integers(0, 40), st.integers(0, 40), min_size=1, max_size=4
+)
 TERMS = st.lists(
     st.one_of(
         part("forward_kl", weight=POSITIVES, temperature=POSITIVES, times_temperature_squared=st.booleans()),

@@ -125,6 +125,11 @@ VALUES = [
 ]
 UNIONS = [
     (
+        {"losses": [{"kind": "hidden_mse", "layers": {}}]},
+        "losses[0].layers: got an empty mapping, needs 1 or more of them or even or last. "
+        f"{LAYERS} Change it or leave it out for the default, 'last'.",
+    ),
+    (
         {"student": {"kind": "layers", "keep": "greed", "count": 3}},
         "student.keep: got 'greed', needs greedy or even or a list. Did you mean greedy? "
         f"{KEEP} Change it or leave it out for the default, 'greedy'.",

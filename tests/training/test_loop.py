@@ -266,7 +266,7 @@ def test_a_teacher_that_says_nan_stops_before_a_weight_is_touched(kit, run, tmp_
         after_first.update(kit.learned(training))
 
     with pytest.raises(NonFiniteError) as caught:
-        train(training, kit.plan(5, checkpoint_steps=1), store, Callbacks(log=log))
+        train(training, kit.plan(5), store, Callbacks(log=log))
     message = str(caught.value)
     assert re.match(
         r"training: loss is nan.* in step 2, before any weight was changed\. The batch's examples: ", message
@@ -275,7 +275,18 @@ def test_a_teacher_that_says_nan_stops_before_a_weight_is_touched(kit, run, tmp_
     assert "\n" not in message
     assert [line["step"] for line in lines] == [1]
     assert_bitwise(kit.learned(training), after_first)
+    # No checkpoint was due: the state before the bad step is saved with its draw undone, so the same batch comes again.
+    assert f"saved in {store.folder}; the same command meets the same batch again" in message
     assert store.load_newest()[0] == 1
+    with pytest.raises(NonFiniteError, match=re.escape(message.partition("The state")[0])):
+        train(kit.training(teacher=NaNTeacher(int(only_later.split("-")[1])), projections=False), kit.plan(5), store)
+
+
+def test_a_state_that_cannot_be_saved_does_not_hide_the_examples(kit, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    training = kit.training(batch_rows=20, teacher=NaNTeacher(1), projections=False)
+    with pytest.raises(NonFiniteError, match=r"examples: doc-.* could not be saved \(training\.checkpoint: "):
+        train(training, kit.plan(2), CheckpointStore(tmp_path / "file"))
 
 
 @pytest.mark.parametrize("poison", [math.inf, math.nan])
@@ -291,7 +302,9 @@ def test_a_weight_that_is_no_number_is_found_and_no_other_touched(kit, tmp_path,
 
 def test_many_examples_are_named_in_part(kit, tmp_path):
     training = kit.training(batch_rows=20, teacher=NaNTeacher(1), projections=False)
-    with pytest.raises(NonFiniteError, match=r"doc-\d+-[ab] and 20 more\. Look at these"):
+    with pytest.raises(
+        NonFiniteError, match=r"doc-\d+-[ab] and 20 more\. The state before this step is saved in \S+; the same command"
+    ):
         train(training, kit.plan(2), CheckpointStore(tmp_path))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 from hypothesis import given
@@ -37,16 +38,17 @@ def test_warm_up_rises_evenly_from_above_0_to_the_peak(steps, kind, warmup, fina
 
 
 @given(STEPS, st.floats(0.0, 0.9), SHARE)
-def test_a_cosine_falls_from_the_peak_and_ends_at_final(steps, warmup, final):
+def test_a_cosine_falls_from_the_peak_and_reaches_final_just_after_the_end(steps, warmup, final):
     factors = curve(steps, "cosine", warmup=warmup, final=final)
     warm = round(warmup * steps)
     if warm < steps:
         assert falls(factors[warm:])
-        assert factors[-1] == pytest.approx(final)
+        rest = 0.5 * (1.0 - math.cos(math.pi / (steps - warm + 1)))
+        assert factors[-1] == pytest.approx(final + (1.0 - final) * rest)
 
 
 def test_a_cosine_is_half_way_in_the_middle():
-    factors = curve(100, "cosine", warmup=0.0, final=0.2)
+    factors = curve(99, "cosine", warmup=0.0, final=0.2)
     assert factors[49] == pytest.approx(0.6)
     assert factors[24] == pytest.approx(0.2 + 0.8 * 0.5 * (1 + 2**-0.5))
 
@@ -64,9 +66,14 @@ def test_wsd_warms_up_stays_and_decays_evenly_to_final(steps, warmup, decay, fin
     warm = round(warmup * steps)
     assert set(factors[warm : steps - last]) <= {1.0}
     if warm < steps:
-        assert factors[-1] == pytest.approx(final)
+        assert factors[-1] == pytest.approx(final + (1.0 - final) / (last + 1))
     drops = [earlier - later for earlier, later in itertools.pairwise(factors[max(warm, steps - last) :])]
-    assert all(drop == pytest.approx((1.0 - final) / last) for drop in drops)
+    assert all(drop == pytest.approx((1.0 - final) / (last + 1)) for drop in drops)
+
+
+@given(STEPS, st.sampled_from(["cosine", "constant", "wsd"]), SHARE, SHARE)
+def test_no_step_is_wasted_on_a_rate_of_0(steps, kind, warmup, decay):
+    assert min(curve(steps, kind, warmup=warmup, decay=decay, final=0.0)) > 0.0
 
 
 @given(STEPS, st.integers(), st.sampled_from(["cosine", "constant", "wsd"]))

@@ -33,6 +33,7 @@ _FORMATS: dict[str, Format] = {
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 _NOT_DATA = re.compile(r"\..*|README.*|LICEN[CS]E.*", re.IGNORECASE)
 _DATASETS_MARKS = ("dataset_info.json", "dataset_dict.json")
+_AVAILABLE_CONFIGS = re.compile(r"(?:among the available configs|not found\. Available): \[(.+?)\]")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LONGEST_CELL = 2**31 - 1
 _TEXT, _MESSAGES = "text", "messages"
@@ -51,6 +52,7 @@ class Row:
 def load_examples(
     source: str,
     *,
+    config: str | None = None,
     split: str = "train",
     format: Format = "auto",
     text: str = _TEXT,
@@ -62,14 +64,15 @@ def load_examples(
     A folder is read file by file in the order of names; subfolders are not entered, and hidden files, README and
     LICENSE are passed over. Documents of a single text file are separated by blank lines (one document could not be
     split); a text file in a folder is one document. JSON files hold one object a line. A row's id is its `id` cell
-    (text or whole number), else `file name:row number`; a second row of the same id gets the suffix `#2`.
+    (text or whole number), else `file name:row number`; a second row of the same id gets the suffix `#2`. `config` and
+    `split` choose among the parts of a data set of the hub.
 
     Raises:
         DataError: nothing is there, it cannot be read, it has no rows, or no row has the columns asked for. A column
-            with another name than the default was asked for, so it must be there.
+            with another name than the default was asked for, so it must be there. So must a configuration be.
     """
     wanted = ("id", text, messages)
-    records = _open_source(source, split=split, format=format, wanted=wanted)
+    records = _open_source(source, config=config, split=split, format=format, wanted=wanted)
     return _rows(islice(records, max_documents), source=source, text=text, messages=messages)
 
 
@@ -108,9 +111,16 @@ def _check_columns(columns: list[str], *, text: str, messages: str) -> None:
             raise DataError(f"{key}: no row has a column {name!r}; the columns are: {listing}. Name one of them.")
 
 
-def _open_source(source: str, *, split: str, format: Format, wanted: tuple[str, ...]) -> Iterator[Record]:
+def _open_source(
+    source: str, *, config: str | None, split: str, format: Format, wanted: tuple[str, ...]
+) -> Iterator[Record]:
     path = Path(source).expanduser()
     kind = _kind_of_path(path) if source.strip() else "absent"
+    if config is not None and kind != "absent":
+        raise DataError(
+            f"data.config: got {config!r}, but {source} is a {'file' if kind == 'file' else 'folder'} here, and only "
+            "data sets of the Hugging Face hub have configurations. Leave data.config out."
+        )
     if kind == "file":
         return _read_file(path, _format_of(path, format), wanted)
     if kind == "datasets":
@@ -118,7 +128,7 @@ def _open_source(source: str, *, split: str, format: Format, wanted: tuple[str, 
     if kind == "folder":
         return _read_folder(path, format, wanted)
     if format == "auto" and path.suffix.lower() not in _FORMATS and _HUB_ID.fullmatch(source):
-        return _read_hub(source, split, wanted)
+        return _read_hub(source, config, split, wanted)
     raise DataError(f"data.source: {source!r} does not exist. Give a file, a folder, a Hugging Face id or sample:NAME.")
 
 
@@ -281,17 +291,59 @@ def _read_saved(folder: Path, split: str, wanted: tuple[str, ...]) -> Iterator[R
     return _read_table(saved, folder.name, wanted)
 
 
-def _read_hub(source: str, split: str, wanted: tuple[str, ...]) -> Iterator[Record]:
+def _read_hub(source: str, config: str | None, split: str, wanted: tuple[str, ...]) -> Iterator[Record]:
     import datasets  # takes a second to import
 
     try:
-        table = datasets.load_dataset(source, split=split, streaming=True)
-    except (OSError, ValueError) as error:
+        table = datasets.load_dataset(source, config, split=split, streaming=True)
+    except RuntimeError as error:  # data sets that are a program, archives that cannot be streamed
+        raise _unreadable(source, error) from None
+    except (ValueError, datasets.exceptions.DatasetsError, *_network_errors()) as error:
+        raise _refused(source, config, split, error) from None
+    return _read_remote(table, source, wanted)
+
+
+def _read_remote(table: Any, source: str, wanted: tuple[str, ...]) -> Iterator[Record]:
+    """As `_read_table`; files are fetched and decoded only now, so that much can still go wrong."""
+    import datasets
+
+    try:
+        yield from _read_table(table, source, wanted)
+    except _network_errors() as error:
         raise DataError(
-            f"data.source: {source} is no file or folder here, and the Hugging Face hub does not give it with "
-            f"data.split={split} ({_one_line(error)}). Check the id, the split and the network."
+            f"data.source: the Hugging Face hub stopped giving {source} ({_one_line(error)}). "
+            "Check the network and run it again."
         ) from None
-    return _read_table(table, source, wanted)
+    except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise _unreadable(source, error) from None
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    """The hub's client lets errors of its HTTP library through, of which some are no OSError."""
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # whichever version it uses
+
+    return OSError, httpx.HTTPError
+
+
+def _unreadable(source: str, error: Exception) -> DataError:
+    return DataError(
+        f"data.source: {source} cannot be read from the Hugging Face hub row by row ({_one_line(error)}). "
+        "Download it, and give its files as Parquet or JSON lines."
+    )
+
+
+def _refused(source: str, config: str | None, split: str, error: Exception) -> DataError:
+    """Why the hub does not give a data set. That a configuration is needed is told by the library's words alone."""
+    available = _AVAILABLE_CONFIGS.search(str(error))
+    if available:
+        listing = available[1].replace("'", "")
+        got = "has several configurations" if config is None else f"has no configuration {config!r}"
+        return DataError(f"data.config: {source} {got}; available are: {listing}. Name one of them.")
+    chosen = f"data.split={split}" if config is None else f"data.config={config} and data.split={split}"
+    return DataError(
+        f"data.source: {source} is no file or folder here, and the Hugging Face hub does not give it with {chosen} "
+        f"({_one_line(error)}). Check the id, the split and the network."
+    )
 
 
 def _read_table(table: Any, name: str, wanted: tuple[str, ...]) -> Iterator[Record]:
@@ -306,4 +358,4 @@ def _read_table(table: Any, name: str, wanted: tuple[str, ...]) -> Iterator[Reco
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -5,6 +5,7 @@ Refuses a model without telling which recipe key asked for it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from ssl import SSLError
@@ -14,7 +15,7 @@ from urllib.request import Request, urlopen
 
 import torch
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -22,7 +23,7 @@ from potstill.engines.causal import CausalReader, probe
 from potstill.errors import ModelError
 from potstill.types import Batch, Offer, Sampling, Signal, Wants
 
-__all__ = ["DTYPES", "LocalEngine", "load_config", "load_model", "load_tokenizer", "pick_device"]
+__all__ = ["DTYPES", "LocalEngine", "find_folder", "load_config", "load_model", "load_tokenizer", "pick_device"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -37,6 +38,16 @@ def pick_device(device: str, key: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"{key}: {device} is not available here ({_first_line(error)}). Use auto or cpu.") from None
     return picked
+
+
+def find_folder(model: str) -> Path | None:
+    """Where a folder or hub id lies on this machine, the hub's cache included; None where it does not."""
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
 
 
 def load_config(model: str, key: str) -> Any:
@@ -125,6 +136,7 @@ class LocalEngine:
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=sampling.max_new_tokens,
+            min_new_tokens=sampling.min_new_tokens,
             **(drawn if sampling.temperature > 0 else {"do_sample": False}),
         )
         texts = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
@@ -155,8 +167,9 @@ def _locate(model: str) -> str:
         raise FileNotFoundError("the Hugging Face hub cannot be reached, and its cache has no copy") from None
 
 
+@functools.cache
 def _hub_answers() -> bool:
-    """Whether the hub can be reached; asked once, since its own client would retry every file for half a minute."""
+    """Whether the hub can be reached; asked once a process, since its client would retry every file for long."""
     if constants.HF_HUB_OFFLINE:
         return False
     try:

@@ -10,15 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from potstill.types import Batch, Engine, Measurement, Sampling, Wants
 
 __all__ = ["Speed", "folder_bytes", "measure_speed"]
-
-Said = TypeVar("Said")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +37,17 @@ def measure_speed(
     batch: Batch,
     prompts: Sequence[str],
     *,
-    count: Callable[[str], int],
     new_tokens: int = 32,
     runs: int = 3,
 ) -> Speed:
-    """Prefill: reading `batch` up to its final states. Decode: `new_tokens` greedy tokens for all prompts at once.
+    """Prefill: reading `batch` up to its final states. Decode: `new_tokens` greedy tokens for every prompt.
 
-    `count` gives the number of tokens of a text; a completion that ends early counts as what it has.
+    No completion may end early, so that every arm does the same work and its tokens need not be counted from text.
     """
     tokens = int((batch.segments_BT > 0).sum())
-    prefill = _rates(lambda: engine.read(batch, Wants(final=True)), lambda _: tokens, runs)
-    sampling = Sampling(max_new_tokens=new_tokens)
-    decode = _rates(lambda: engine.generate(prompts, sampling), lambda texts: sum(map(count, texts)), runs)
+    prefill = _rates(lambda: engine.read(batch, Wants(final=True)), tokens, runs)
+    sampling = Sampling(max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+    decode = _rates(lambda: engine.generate(prompts, sampling), len(prompts) * new_tokens, runs)
     return Speed(prefill, decode, runs)
 
 
@@ -60,17 +56,16 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _rates(work: Callable[[], Said], tokens: Callable[[Said], int], runs: int) -> tuple[float, float, float]:
-    """Median, smallest and largest tokens/s of `work`; counting its tokens is not timed."""
+def _rates(work: Callable[[], object], tokens: int, runs: int) -> tuple[float, float, float]:
+    """Median, smallest and largest tokens/s of `work`, which handles `tokens` of them a run."""
     work()
     _wait()
     rates = []
     for _ in range(runs):
         began = time.perf_counter()
-        said = work()
+        work()
         _wait()
-        seconds = time.perf_counter() - began
-        rates.append(tokens(said) / seconds)
+        rates.append(tokens / (time.perf_counter() - began))
     return statistics.median(rates), min(rates), max(rates)
 
 

@@ -6,6 +6,7 @@ Refuses to keep a teacher in memory that nobody asks.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -56,9 +57,9 @@ def train_arm(recipe: Recipe, stage: Stage, inputs: Inputs, arm: Arm, *, stoppin
     trackers = start_trackers(recipe.training.trackers, f"{recipe.name}-{arm}", stage.folder)
     log = MetricsLog(stage.folder / "metrics.jsonl", trackers)
     tokens_a_step = recipe.training.batch_rows * recipe.data.sequence_length
-    with metered(f"train {arm}", plan.steps * tokens_a_step, "tokens") as meter, stopping.held():
+    # Closed however the training ends: a tracker holds back what was logged last.
+    with closing(log), metered(f"train {arm}", plan.steps * tokens_a_step, "tokens") as meter, stopping.held():
         train(training, plan, store, _callbacks(log, meter, tokens_a_step, stopping=stopping))
-    log.close()
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else None
     save_student(student, load_tokenizer(str(inputs.initial / STUDENT), "student"), stage.folder / STUDENT, dtype)
     stage.finish(

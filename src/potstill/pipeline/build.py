@@ -225,8 +225,6 @@ def _layer_map(term: HiddenMSE | HiddenCosine, depths: tuple[int, int], key: str
     if term.layers == "even":
         matched = even_layers(depths[1] + 1, depths[0] + 1)
         return dict(zip(range(1, depths[0] + 1), matched[1:], strict=True))
-    if not term.layers:
-        raise RecipeError(f"{key}: an empty map compares nothing. Name a pair such as {{{depths[0]}: {depths[1]}}}.")
     for pair in term.layers.items():
         for role, depth, layer in zip(("student", "teacher"), depths, pair, strict=True):
             if layer > depth:

@@ -5,6 +5,8 @@ Refuses: to leave a half-written file under its final name. What cannot be writt
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import shutil
@@ -13,17 +15,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import JsonValue
+from safetensors import SafetensorError
 
-from potstill.errors import RunError
+from potstill.errors import PotstillError, RunError
 
 __all__ = [
     "PARTIAL",
     "check_disk",
     "check_writable",
+    "folder_bytes",
+    "hash_file",
     "read_json",
     "remove",
     "replace_folder",
     "sync_tree",
+    "working",
     "write_json_atomic",
     "write_text_atomic",
     "writing",
@@ -31,6 +37,11 @@ __all__ = [
 
 PARTIAL = ".partial"
 """Ending of a file that is still being written; the next write of the same name takes its place."""
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""What the system says, often without naming a file, when a disk or a share of it is full."""
+
+PROTECTED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -100,6 +111,19 @@ def check_writable(folder: Path) -> None:
         )
 
 
+def folder_bytes(folder: Path) -> int:
+    """Sizes of all files below `folder` together; 0 where it is a link or not there."""
+    if folder.is_symlink():
+        return 0
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def hash_file(path: Path) -> str:
+    """blake2b of the file's content, 16 bytes as hex. Raises OSError."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
 def sync_tree(folder: Path) -> None:
     """Makes all that is below `folder`, and its names, survive a power cut."""
     for path in (*folder.rglob("*"), folder):
@@ -136,8 +160,36 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = error.filename or path
-        raise RunError(
-            f"run_dir: {place} cannot be written ({error.strerror or error}). "
-            "Free space or change its permissions, or choose another run_dir."
-        ) from error
+        raise RunError(_unwritable(error.filename or path, error.strerror or error)) from error
+
+
+@contextmanager
+def working(folder: Path) -> Iterator[None]:
+    """Turns what the system refuses while a stage works in `folder` into RunErrors; potstill's own errors pass."""
+    try:
+        yield
+    except PotstillError:  # a SampleError is an OSError too, and says more
+        raise
+    except OSError as error:
+        raise RunError(_refusal(folder, error)) from error
+    except SafetensorError as error:
+        raise RunError(_unwritable(folder, error) if "os error" in str(error) else _stuck(folder, error)) from error
+
+
+def _refusal(folder: Path, error: OSError) -> str:
+    place = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else folder
+    inside = place.absolute().is_relative_to(folder.absolute())
+    if error.errno in FULL or (error.errno in PROTECTED and inside):
+        return _unwritable(place, error.strerror)
+    return _stuck(folder, error)
+
+
+def _unwritable(place: object, reason: object) -> str:
+    return (
+        f"run_dir: {place} cannot be written ({reason}). "
+        "Free space or change its permissions, or choose another run_dir."
+    )
+
+
+def _stuck(folder: Path, reason: object) -> str:
+    return f"run_dir: the stage in {folder} could not go on ({reason}). Mend that and run the same command again."

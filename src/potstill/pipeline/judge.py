@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from potstill.data import PackedRows
-from potstill.engines import LocalEngine, pick_device
+from potstill.engines import LocalEngine, find_folder, pick_device
 from potstill.evaluation import DocumentScores, compare_arms, folder_bytes, measure_speed, score_arm
 from potstill.losses import position_scores
 from potstill.pipeline import build
@@ -132,7 +132,8 @@ def _samples(prompts: Sequence[Prompt], answers: Mapping[str, _Answers]) -> list
 
 def _sizes(arm: str, parameters: int, folder: Path) -> list[Measurement]:
     found = [_measured(arm, "parameters", parameters, "")]
-    return [*found, _measured(arm, "folder_bytes", folder_bytes(folder), "bytes")] if folder.is_dir() else found
+    place = find_folder(str(folder))  # the teacher's may be a hub id
+    return [*found, _measured(arm, "folder_bytes", folder_bytes(place), "bytes")] if place else found
 
 
 def _measured(arm: str, name: str, value: float, unit: str) -> Measurement:
@@ -149,7 +150,6 @@ def _time_arm(stage: Stage, arm: str, engine: LocalEngine, questions: _Questions
         engine,
         questions.lessons[0].batch,
         questions.texts,
-        count=lambda text: len(engine.tokenizer(text)["input_ids"]),
         new_tokens=SPEED_TOKENS,
     )
     return speed.measurements(arm), _peak_bytes(device) if fresh else 0

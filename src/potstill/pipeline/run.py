@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from potstill.errors import RecipeError
-from potstill.pipeline.disk import check_disk
+from potstill.errors import Interrupted, RecipeError
+from potstill.pipeline.disk import check_disk, folder_bytes
 from potstill.pipeline.places import identify
 from potstill.pipeline.rundir import RunDir, Stage, StageStatus, open_run
 from potstill.pipeline.stopping import Stopping
@@ -55,26 +55,28 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, stopping: Stopping |
     """Run every stage that is due, up to `until` (default: all). Returns the run folder.
 
     Raises what is wrong with the recipe before the first stage begins, and Interrupted when `stopping` is asked to
-    while a training runs, after its state is saved.
+    while a training runs: after its state is saved, or, where that was its last step, after its stage is finished.
     """
     fingerprints = stage_fingerprints(recipe)
     if until is not None and until not in fingerprints:
         raise RecipeError(f"{until}.enabled: false, so there is no such stage. Set it to true.")
     names = list(fingerprints)
     wanted = names if until is None else names[: names.index(until) + 1]
-    with open_run(recipe.folder, dump_recipe(recipe)) as run:
+    with open_run(recipe.folder) as run:
         due = _report_states(run, [(name, fingerprints[name]) for name in wanted])
         if not due:
             _log.info("all done before: nothing to do")
             return recipe.folder
-        walk = _Walk(recipe, run.folder, stopping or Stopping(), _stage_bytes(recipe, due))
-        for name in wanted:
-            if name in due:
-                check_disk(run.folder, walk.needed_bytes.get(name, 0), f"the stage {name}")
-                with run.stage(name, fingerprints[name], seed=recipe.seed) as stage:
-                    walk.work(name, stage)
-                    manifest = run.manifest(name)
-                _log.info("%s: done in %.0f s, %.1f GB", name, manifest.wall_s, manifest.peak_rss_bytes / 1e9)
+        walk = _Walk(recipe, run.folder, stopping or Stopping(), _stage_bytes(recipe, set(due)))
+        walk.check_room(due[0])
+        run.write_recipe(dump_recipe(recipe))
+        for position, name in enumerate(due):
+            walk.check_room(name)
+            with run.stage(name, fingerprints[name], seed=recipe.seed) as stage:
+                walk.work(name, stage)
+                manifest = run.manifest(name)
+            _log.info("%s: done in %.0f s, %.1f GB", name, manifest.wall_s, manifest.peak_rss_bytes / 1e9)
+            walk.stop_before(due[position + 1 :])
     return recipe.folder
 
 
@@ -84,6 +86,16 @@ class _Walk:
     folder: Path
     stopping: Stopping
     needed_bytes: Mapping[str, int]
+
+    def check_room(self, name: str) -> None:
+        """Refuse a stage that the disk has no room for; what lies in its folder is used again, or cleared first."""
+        needed = self.needed_bytes.get(name, 0) - folder_bytes(self.folder / name)
+        check_disk(self.folder, needed, f"the stage {name}")
+
+    def stop_before(self, remaining: Sequence[str]) -> None:
+        """Raises Interrupted if a request came that the stage before had no step left to answer."""
+        if remaining and self.stopping.asked():
+            raise Interrupted(f"stopped before {', '.join(remaining)}; the same command continues.")
 
     def work(self, name: str, stage: Stage) -> None:
         """Do one stage."""
@@ -136,10 +148,10 @@ def _stage_bytes(recipe: Recipe, due: set[str]) -> Mapping[str, int]:
     return stage_bytes(recipe, inspect_recipe(recipe))
 
 
-def _report_states(run: RunDir, stages: Sequence[tuple[str, str]]) -> set[str]:
-    """Say where the stages stand, where there is something to say; return those that are due."""
+def _report_states(run: RunDir, stages: Sequence[tuple[str, str]]) -> list[str]:
+    """Say where the stages stand, where there is something to say; return those that are due, in order."""
     statuses = run.explain(stages)
     for status in statuses:
         if status.state != "missing":
             _log.info("%s: %s (%s)", status.stage, status.state, status.why)
-    return {status.stage for status in statuses if status.state != "done"}
+    return [status.stage for status in statuses if status.state != "done"]

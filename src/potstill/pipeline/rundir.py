@@ -6,13 +6,12 @@
     runs/NAME/STAGE/manifest.json      written last: the stage is finished, with these outputs
 
 Every change is a rename of something already on disk, so `kill -9` at any instant leaves a folder from which the same
-command continues. Refuses: to take a stage for finished whose manifest or outputs are not whole, and to clear a folder
-that it did not begin.
+command continues. Refuses: to take a stage for finished whose manifest or outputs are not whole, and to clear or to
+write over what it did not begin.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import socket
@@ -31,9 +30,11 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, field_va
 from potstill.errors import RunError
 from potstill.pipeline.disk import (
     PARTIAL,
+    hash_file,
     read_json,
     remove,
     sync_tree,
+    working,
     write_json_atomic,
     write_text_atomic,
     writing,
@@ -54,7 +55,10 @@ __all__ = [
 HASHED_BYTES = 64 * 2**20
 """Outputs up to this size are verified by content, larger ones by size: models are too big to hash at every start."""
 
-MANIFEST, STARTED, OWNER, LOCK = "manifest.json", "started.json", ".owner.json", ".lock"
+RECIPE_MARK = "# Written by potstill when a run begins. Edit a copy of it, elsewhere.\n"
+"""First line of a run folder's recipe.yaml, by which it is known not to be the user's own."""
+
+RECIPE, MANIFEST, STARTED, OWNER, LOCK = "recipe.yaml", "manifest.json", "started.json", ".owner.json", ".lock"
 PACKAGES = ("potstill", "torch", "transformers", "accelerate", "datasets", "safetensors", "numpy")
 
 State = Literal["done", "stale", "missing", "partial", "damaged"]
@@ -81,7 +85,8 @@ class Manifest(_Record):
     versions: dict[str, str]
     seed: int
     attempts: int
-    """Starts that it took; `wall_s` and `peak_rss_bytes` are of the last one."""
+    timed_attempts: int = 1
+    """Attempts that `wall_s` sums up and `peak_rss_bytes` is the most of: one that was killed left no numbers."""
     wall_s: float
     peak_rss_bytes: int
     finished_at: str
@@ -98,6 +103,9 @@ class Manifest(_Record):
 class _Started(_Record):
     fingerprint: str
     attempts: int
+    timed_attempts: int = 0
+    wall_s: float = 0.0
+    peak_rss_bytes: int = 0
 
 
 class _Owner(_Record):
@@ -159,6 +167,10 @@ class RunDir:
             field = ".".join(map(str, error.errors()[0]["loc"])) or "its content"
             raise RunError(f"{path}: is damaged ({field}). Run again: the stage will be done anew.") from None
 
+    def write_recipe(self, recipe_yaml: str) -> None:
+        """Keeps the resolved recipe with the run. Raises RunError if it cannot be written."""
+        write_text_atomic(self.folder / RECIPE, RECIPE_MARK + recipe_yaml)
+
     @contextmanager
     def stage(
         self, name: str, fingerprint: str, *, inputs: Mapping[str, str] | None = None, seed: int = 0
@@ -167,13 +179,17 @@ class RunDir:
 
         Work begun with the same fingerprint is kept, for the caller to continue. All else that is there (stale or done
         work, work with an unreadable manifest) is cleared now, not before. `inputs` maps what the stage reads to
-        hashes. Raises RunError if the folder cannot be written, or holds what no run of potstill put there.
+        hashes. Raises RunError for what the system refuses, and if the folder holds what no run of potstill put there.
         """
-        attempts = self._begin(name, fingerprint)
+        started = self._begin(name, fingerprint)
         reset_peak_memory()
-        read = dict(inputs or {})
-        stage = Stage(self.folder / name, fingerprint=fingerprint, inputs=read, seed=seed, attempts=attempts)
-        yield stage
+        stage = Stage(self.folder / name, started, inputs=dict(inputs or {}), seed=seed)
+        try:
+            with working(stage.folder):
+                yield stage
+        finally:
+            if not stage.finished:
+                stage.interrupt()
         if not stage.finished:
             raise RunError(f"{stage.folder}: the stage ended without finishing. This is a bug in potstill; report it.")
 
@@ -185,8 +201,8 @@ class RunDir:
             return StageStatus(stage, "stale", "begun with another recipe, input or earlier stage; will start anew")
         return StageStatus(stage, "partial", "interrupted; will continue")
 
-    def _begin(self, stage: str, fingerprint: str) -> int:
-        """Clears what cannot be continued and records whose work begins. Returns the number of this attempt."""
+    def _begin(self, stage: str, fingerprint: str) -> _Started:
+        """Clears what cannot be continued and records whose work begins. Returns that record."""
         folder, aside = self.folder / stage, self.folder / f".{stage}.old"
         status = self.status(stage, fingerprint)
         with writing(folder):
@@ -197,28 +213,40 @@ class RunDir:
                 _check_own(folder)
                 folder.rename(aside)
             folder.mkdir(parents=True, exist_ok=True)
-            started = _read_started(folder)
-            attempts = 1 if started is None else started.attempts + 1
-            write_json_atomic(folder / STARTED, {"fingerprint": fingerprint, "attempts": attempts})
+            before = _read_started(folder) or _Started(fingerprint=fingerprint, attempts=0)
+            started = before.model_copy(update={"attempts": before.attempts + 1})
+            write_json_atomic(folder / STARTED, started.model_dump())
             remove(aside)
-        return attempts
+        return started
 
 
 class Stage:
     """A stage at work: where its files go, what lies there already, and how it ends."""
 
-    def __init__(self, folder: Path, *, fingerprint: str, inputs: dict[str, str], seed: int, attempts: int) -> None:
+    def __init__(self, folder: Path, started: _Started, *, inputs: dict[str, str], seed: int) -> None:
         self.folder = folder
-        self.resumed = attempts > 1
+        self.resumed = started.attempts > 1
         self.finished = False
-        self._record = {"stage": folder.name, "fingerprint": fingerprint, "inputs": inputs, "seed": seed}
-        self._attempts = attempts
+        self._record = {"stage": folder.name, "inputs": inputs, "seed": seed}
+        self._started = started
         self._began_s = time.monotonic()
-        self._peak_bytes = 0
+        self._peak_bytes = started.peak_rss_bytes
 
     def keep_peak(self) -> None:
         """Counts the peak memory so far: call it before measuring some part's peak anew."""
         self._peak_bytes = max(self._peak_bytes, peak_memory_bytes())
+
+    def interrupt(self) -> None:
+        """Records what the attempt has cost, for the next one to count it in."""
+        with suppress(RunError):  # whatever ended the attempt is what the user must hear of
+            write_json_atomic(self.folder / STARTED, self._spent().model_dump())
+
+    def _spent(self) -> _Started:
+        """All timed attempts so far, this one included."""
+        self.keep_peak()
+        spent_s = self._started.wall_s + time.monotonic() - self._began_s
+        numbers = {"wall_s": spent_s, "peak_rss_bytes": self._peak_bytes}
+        return self._started.model_copy(update={"timed_attempts": self._started.timed_attempts + 1, **numbers})
 
     def finish(self, *outputs: str, **facts: JsonValue) -> Manifest:
         """Writes the manifest: from now on the stage is done.
@@ -227,17 +255,14 @@ class Stage:
         means everything in the folder. Leave out what only a resume needs, such as checkpoints. `facts` are the
         stage's numbers (JSON; no NaN). Raises RunError if an output is not there or the manifest cannot be written.
         """
-        self.keep_peak()
         with writing(self.folder):
             sync_tree(self.folder)  # else a power cut could keep the manifest and lose what it vouches for
             files = {name: _measure(self.folder / name) for name in _files(self.folder, outputs)}
             manifest = Manifest(
                 **self._record,
+                **self._spent().model_dump(),
                 outputs=files,
                 versions=_versions(),
-                attempts=self._attempts,
-                wall_s=time.monotonic() - self._began_s,
-                peak_rss_bytes=self._peak_bytes,
                 finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
                 facts=facts,
             )
@@ -247,17 +272,17 @@ class Stage:
 
 
 @contextmanager
-def open_run(folder: str | Path, recipe_yaml: str) -> Iterator[RunDir]:
-    """The run folder, created and locked for this process, with the resolved recipe written into it.
+def open_run(folder: str | Path) -> Iterator[RunDir]:
+    """The run folder, created and locked for this process.
 
     The lock is the operating system's: it ends with the block or the process, however that ends. Raises RunError at
-    once if another process holds it, or if the folder cannot be written.
+    once if another process holds it, if the folder cannot be written, or if it holds a recipe.yaml of the user's.
     """
     run = RunDir(Path(folder))
+    _check_recipe(run.folder)
     with writing(run.folder):
         run.folder.mkdir(parents=True, exist_ok=True)
     with _locked(run.folder):
-        write_text_atomic(run.folder / "recipe.yaml", recipe_yaml)
         yield run
 
 
@@ -319,6 +344,14 @@ def _check_own(folder: Path) -> None:
         )
 
 
+def _check_recipe(folder: Path) -> None:
+    """Refuses a folder with a recipe.yaml that is not marked as written here."""
+    path, mark = folder / RECIPE, RECIPE_MARK.encode()
+    with writing(path):
+        if path.is_file() and not path.read_bytes().startswith(mark):
+            raise RunError(f"run_dir: {path} was not written by potstill. Choose another run_dir, or move that file.")
+
+
 def _drop(folder: Path, names: Sequence[str]) -> None:
     """Removes broken outputs, and only then the manifest that knows them to be broken."""
     for name in names:
@@ -333,7 +366,7 @@ def _intact(path: Path, output: Output) -> bool:
     try:
         if path.stat().st_size != output.size:
             return False
-        return output.blake2b is None or _hash(path) == output.blake2b
+        return output.blake2b is None or hash_file(path) == output.blake2b
     except OSError:
         return False
 
@@ -350,12 +383,7 @@ def _files(folder: Path, names: Sequence[str]) -> list[str]:
 
 def _measure(path: Path) -> Output:
     size = path.stat().st_size
-    return Output(size=size, blake2b=_hash(path) if size <= HASHED_BYTES else None)
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return Output(size=size, blake2b=hash_file(path) if size <= HASHED_BYTES else None)
 
 
 def _versions() -> dict[str, str]:

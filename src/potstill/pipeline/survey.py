@@ -77,6 +77,7 @@ def read_examples(recipe: Recipe) -> tuple[Iterator[Example], Cleaning]:
     data = recipe.data
     rows = load_examples(
         resolve_data(data.source),
+        config=data.config,
         split=data.split,
         format=data.format,
         text=data.text,

@@ -16,7 +16,7 @@ import torch
 from potstill.pipeline.disk import read_json
 from potstill.pipeline.metrics import read_metrics
 from potstill.pipeline.run import stage_fingerprints
-from potstill.pipeline.rundir import RunDir, Stage
+from potstill.pipeline.rundir import Manifest, RunDir, Stage
 from potstill.pipeline.stages import STUDENT
 from potstill.recipes import Recipe, dump_recipe
 from potstill.recipes.schema import FreshStudent, LayersStudent
@@ -57,13 +57,22 @@ def tell(recipe: Recipe, folder: Path) -> Story:
         measurements=tuple(Measurement(**row) for row in measurements),
         curves={arm: tuple(map(_point, read_metrics(folder / name / "metrics.jsonl"))) for arm, name in arms.items()},
         samples=tuple(Sample(row["prompt"], row["reference"], row["completions"]) for row in samples),
-        stages=tuple(StageCost(n, m.wall_s, m.peak_rss_bytes / 1e9) for n, m in manifests.items()),
+        stages=tuple(StageCost(_starts(m), m.wall_s, m.peak_rss_bytes / 1e9) for m in manifests.values()),
         data=_data(recipe, manifests["prepare"].facts, manifests["prepare"].fingerprint),
         versions=manifests["evaluate"].versions,
         machine=_machine(),
         notes=_notes(manifests["prepare"].facts, manifests["initialise"].facts),
         base_model=recipe.teacher.model if re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.teacher.model) else None,
     )
+
+
+def _starts(manifest: Manifest) -> str:
+    """The stage's name, and what its numbers cover where that is not the whole stage."""
+    timed = manifest.timed_attempts
+    if timed == manifest.attempts:
+        return manifest.stage
+    covered = "the last" if timed == 1 else f"{timed} of them"
+    return f"{manifest.stage} ({manifest.attempts} starts; wall time of {covered})"
 
 
 def _student_name(recipe: Recipe, facts: dict[str, Any]) -> str:

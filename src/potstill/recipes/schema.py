@@ -67,6 +67,8 @@ class Data(_Part):
 
     source: str
     """A file (.jsonl, .parquet, .csv, .txt), a folder of such files, a Hugging Face `datasets` id, or `sample:NAME`."""
+    config: str | None = None
+    """Configuration of a Hugging Face data set that has several, for example wikitext-103-raw-v1."""
     split: str = "train"
     """Split to read, for a Hugging Face id."""
     format: Literal["auto", "jsonl", "parquet", "csv", "text"] = "auto"
@@ -198,7 +200,7 @@ class CrossEntropy(_Term):
 
 
 class _LayerTerm(_Term):
-    layers: dict[Layer, Layer] | Literal["even", "last"] = "last"
+    layers: Annotated[dict[Layer, Layer], Field(min_length=1)] | Literal["even", "last"] = "last"
     """{student layer: teacher layer}, 0 being the embeddings' output and i the output of block i. `even` spreads all
     student layers over the teacher's; `last` matches the last ones."""
 

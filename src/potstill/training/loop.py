@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from potstill.errors import Interrupted, NonFiniteError
+from potstill.errors import Interrupted, NonFiniteError, RunError
 from potstill.training.checkpoint import CheckpointStore, random_state, restore_random_state
 from potstill.types import Batch, Lesson, LessonSource, StudentView
 
@@ -129,7 +129,11 @@ def train(training: Training, plan: Plan, store: CheckpointStore, callbacks: Cal
     saved_at = began = time.monotonic()
     before = progress.seconds
     while progress.step < plan.steps:
-        line = _take_step(training, plan, student, optimizer)
+        moment = {"source": training.source.state_dict(), "random": random_state()}
+        try:
+            line = _take_step(training, plan, student, optimizer)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error} {_keep(training, optimizer, store, moment)}") from None
         progress.seconds = before + time.monotonic() - began
         if _examining(training, plan):
             line |= _validate(training, student)
@@ -207,8 +211,7 @@ def _refuse_nonfinite(step: int, numbers: Mapping[str, float], batches: Sequence
         more = f" and {len(ids) - 20} more" if len(ids) > 20 else ""
         raise NonFiniteError(
             f"training: {', '.join(f'{name} is {value}' for name, value in bad.items())} in step {step}, before any "
-            f"weight was changed. The batch's examples: {', '.join(ids[:20])}{more}. Look at these, or lower "
-            "training.learning_rate; the last good checkpoint is kept."
+            f"weight was changed. The batch's examples: {', '.join(ids[:20])}{more}."
         )
 
 
@@ -256,7 +259,21 @@ def _due(plan: Plan, step: int, since_save: float) -> bool:
     return by_steps or by_time
 
 
-def _save(training: Training, optimizer: Any, store: CheckpointStore) -> None:
+def _keep(training: Training, optimizer: Any, store: CheckpointStore, moment: Mapping[str, Any]) -> str:
+    """Save the state before the step that could not be taken; says whether, and what the user can do now."""
+    try:
+        _save(training, optimizer, store, moment)
+        kept = f"The state before this step is saved in {store.folder}"
+    except RunError as error:
+        kept = f"The state before this step could not be saved ({error})"
+    return (
+        f"{kept}; the same command meets the same batch again. Look at these examples, or lower "
+        "training.learning_rate; another recipe or other data starts the training anew."
+    )
+
+
+def _save(training: Training, optimizer: Any, store: CheckpointStore, moment: Mapping[str, Any] | None = None) -> None:
+    """Save the state after the last step; `moment` is what a step begun and not taken has changed, from before it."""
     state = {
         "student": training.student.state_dict(),
         "objective": training.objective.state_dict(),
@@ -264,7 +281,7 @@ def _save(training: Training, optimizer: Any, store: CheckpointStore) -> None:
         "source": training.source.state_dict(),
         "random": random_state(),
         "progress": vars(training.progress),
-    }
+    } | dict(moment or {})
     if training.accelerator.is_main_process:
         store.save(training.step, state)
     training.accelerator.wait_for_everyone()

@@ -23,7 +23,8 @@ def learning_rate_factor(
     """Factor on the peak learning rate for optimiser step `step` (0-based) of `steps`, in [0, 1].
 
     `warmup` and `decay` are shares of the steps. Linear warm-up never gives 0 (a step with rate 0 is wasted): the first
-    step has 1 / (warm-up steps + 1). Cosine: Loshchilov and Hutter (2016), arXiv:1608.03983, eq. 5, without restarts.
+    step has 1 / (warm-up steps + 1). For the same reason the fall reaches `final` only just after the last step.
+    Cosine: Loshchilov and Hutter (2016), arXiv:1608.03983, eq. 5, without restarts.
     WSD (warm-up, stable, decay): Hu et al. (2024), arXiv:2404.06395, section 4, with linear decay.
     Raises ValueError for a step outside 0..steps-1.
     """
@@ -37,6 +38,6 @@ def learning_rate_factor(
     start = warm if kind == "cosine" else steps - max(1, round(decay * steps))
     if step < start:
         return 1.0
-    progress = (step - start + 1) / max(1, steps - start)
+    progress = (step - start + 1) / (steps - start + 1)
     shape = 0.5 * (1.0 + math.cos(math.pi * progress)) if kind == "cosine" else 1.0 - progress
     return final + (1.0 - final) * shape
