@@ -15,7 +15,6 @@ PYTEST := $(BIN)/python -m pytest
 
 demo: setup
 	$(BIN)/potstill run recipes/quickstart.yaml
-	@echo "report at runs/quickstart/report/index.html"
 
 test: setup
 	$(PYTEST) -m "not slow and not gpu"
