@@ -74,13 +74,15 @@ def blank_model(config: Any, key: str) -> Any:
     """A model of this config without weights (on the meta device). Raises ModelError naming the recipe key."""
     with init_empty_weights():
         try:
-            return AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config)
         except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise ModelError(
                 f"{key}: {type(config).__name__} is not the config of a causal language model ({reason}). "
                 "Use a decoder such as Llama, Qwen, Gemma, Mistral or GPT-2."
             ) from None
+    model.tie_weights()  # leaving the weights out parts what is tied
+    return model
 
 
 def build_stand_in(recipe: Recipe, teacher: Any) -> Any:

@@ -94,12 +94,15 @@ def stage_bytes(recipe: Recipe, found: Inspection) -> Mapping[str, int]:
 
 
 def _blank_student(recipe: Recipe, teacher: Any) -> Any:
-    if isinstance(recipe.student, FreshStudent):  # whether sizes go together shows only where numbers flow
-        return build.build_stand_in(recipe, teacher).to("meta")
     if isinstance(recipe.student, LayersStudent):
         count_layers(recipe.student, teacher.config.get_text_config().num_hidden_layers)
-    with init_empty_weights():
-        return build.build_stand_in(recipe, teacher)
+    if isinstance(recipe.student, FreshStudent):  # whether sizes go together shows only where numbers flow
+        student = build.build_stand_in(recipe, teacher).to("meta")
+    else:
+        with init_empty_weights():
+            student = build.build_stand_in(recipe, teacher)
+    student.tie_weights()  # leaving the weights out parts what is tied
+    return student
 
 
 def _student_tokenizer(recipe: Recipe, tokenizer: Any) -> Any:

@@ -14,7 +14,7 @@ from rich.table import Table
 from potstill.data import encode_examples
 from potstill.pipeline import build
 from potstill.pipeline.calibration import Pace, measure_pace
-from potstill.pipeline.disk import check_disk, check_writable
+from potstill.pipeline.disk import check_disk, check_writable, folder_bytes
 from potstill.pipeline.inspection import Inspection, inspect_recipe, stage_bytes
 from potstill.pipeline.run import explain_run
 from potstill.pipeline.rundir import check_unlocked
@@ -65,7 +65,7 @@ def print_plan(recipe: Recipe, *, measure: bool) -> None:
     estimate = estimate_run(recipe, found, survey)
     statuses = explain_run(recipe)
     if any(status.state != "done" for status in statuses):
-        check_disk(recipe.folder, estimate.disk_bytes, "this run")
+        check_disk(recipe.folder, estimate.disk_bytes - folder_bytes(recipe.folder), "this run")
     pace = measure_pace(recipe, found.vocabulary, estimate.steps) if measure else None
     stages = Table("stage", "state", "why", title=f"{recipe.name}: {recipe.folder}", title_justify="left")
     for status in statuses:
