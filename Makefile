@@ -4,6 +4,7 @@
 #   make check                      format, lint, types, doors, the rules of the house
 #   make test                       all tests but the slow ones and those that need a GPU
 #   make test-slow                  kills, compiled runs, several processes: some minutes
+#   make bench                      all benchmarks; bench-loss: the losses only, some minutes
 #   make PYTHON=python3.12 test     choose the interpreter of a new .venv
 
 PYTHON ?=
@@ -11,7 +12,7 @@ export PYTHON
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow test-gpu check bench clean setup .venv
+.PHONY: demo test test-slow test-gpu check bench bench-loss clean setup .venv
 
 demo: setup
 	$(BIN)/potstill run recipes/quickstart.yaml
@@ -32,10 +33,13 @@ check: setup
 	$(BIN)/lint-imports
 	$(PYTEST) tests/test_house.py tests/test_docs.py
 
-bench: setup
-	mkdir -p runs/bench
+bench: bench-loss
 	$(BIN)/python bench/step.py --json runs/bench/step.json
 	$(BIN)/python bench/quickstart.py --json runs/bench/quickstart.json
+
+bench-loss: setup
+	mkdir -p runs/bench
+	$(BIN)/python bench/loss.py --json runs/bench/loss.json
 
 setup .venv:
 	@scripts/setup.sh

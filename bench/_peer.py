@@ -1,6 +1,6 @@
-"""The virtual environment of the peer: TRL with the versions of requirements-trl.txt, made once in bench/.venv-trl.
+"""The peers' virtual environment: the versions of requirements-peers.txt, made once in bench/.venv-peers.
 
-Refuses: potstill's own environment, whose packages the peer must not share or change.
+Refuses: potstill's own environment, whose packages the peers must not share or change.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 __all__ = ["peer_python"]
 
 HERE = Path(__file__).resolve().parent
-FOLDER, REQUIREMENTS = HERE / ".venv-trl", HERE / "requirements-trl.txt"
+FOLDER, REQUIREMENTS = HERE / ".venv-peers", HERE / "requirements-peers.txt"
 CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
 
 
 def peer_python() -> Path:
-    """The peer's interpreter; the environment is made when it is not there or its requirements have changed."""
+    """The peers' interpreter; the environment is made when it is not there or its requirements have changed."""
     python, stamp = FOLDER / "bin" / "python", FOLDER / "requirements-stamp"
     wanted = REQUIREMENTS.read_text(encoding="utf-8")
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:

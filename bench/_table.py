@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Row", "describe_machine", "describe_versions", "print_rows", "write_rows"]
+__all__ = ["Row", "describe_machine", "describe_versions", "print_rows", "rounds_row", "write_rows"]
 
 PACKAGES = ("potstill", "torch", "transformers", "accelerate")
 
@@ -30,6 +31,16 @@ BARS: dict[str, tuple[str, float]] = {
     "help.seconds": ("<", 0.5),
     "step.speed_vs_trl": (">=", 2.0),
     "step.memory_vs_trl": ("<=", 0.6),
+    "loss.fkl_time_vs_trl": ("<=", 0.22),
+    "loss.fkl_time_vs_liger": ("<=", 1.0),
+    "loss.masked_time_vs_liger": ("<=", 0.6),
+    "loss.jsd_time_vs_fkl": ("<=", 1.3),
+    "loss.rkl_time_vs_fkl": ("<=", 1.3),
+    "loss.ce_time_vs_torch": ("<=", 1.05),
+    "loss.memory_vs_trl": ("<=", 0.25),
+    "loss.memory_vs_liger": ("<=", 1.0),
+    "loss.grad_error": ("<=", 0.005),
+    "loss.grad_error_vs_liger": ("<=", 0.1),
 }
 """What is to be reached on 2 cores with bf16 units and 24 GiB of memory."""
 
@@ -51,6 +62,11 @@ class Row:
     low: float | None = None
     high: float | None = None
     n: int = 1
+
+
+def rounds_row(name: str, values: Sequence[float], unit: str) -> Row:
+    """The median of repeated measurements with their range."""
+    return Row(name, statistics.median(values), unit, min(values), max(values), len(values))
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from _peer import peer_python
-from _table import Row, describe_machine, describe_versions, print_rows, write_rows
+from _table import Row, describe_machine, describe_versions, print_rows, rounds_row, write_rows
 
 __all__ = ["main"]
 
@@ -74,7 +74,7 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare the training step with TRL's GKDTrainer.")
     parser.add_argument("--json", type=Path, help="where the rows go")
     parser.add_argument(
-        "--peer-python", type=Path, help="interpreter with TRL; default: bench/.venv-trl, made if needed"
+        "--peer-python", type=Path, help="interpreter with TRL; default: bench/.venv-peers, made if needed"
     )
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
@@ -169,11 +169,14 @@ def ratio_rows(
     seconds = [[statistics.median(r["step_s"]) for r in rs] for rs in (ours, theirs)]
     peaks = [[float(r["peak_bytes"]) for r in rs] for rs in (ours, theirs)]
     return [
-        _row("step.speed_vs_trl", [a / b for a, b in zip(*rates, strict=True)], "x"),
-        _row("step.memory_vs_trl", [a / b for a, b in zip(*peaks, strict=True)], "x"),
-        *(_row(f"step.tokens_per_s.{side}", values, "tokens/s") for side, values in zip(learned, rates, strict=True)),
-        *(_row(f"step.seconds.{side}", values, "s") for side, values in zip(learned, seconds, strict=True)),
-        *(_row(f"step.peak_bytes.{side}", values, "bytes") for side, values in zip(learned, peaks, strict=True)),
+        rounds_row("step.speed_vs_trl", [a / b for a, b in zip(*rates, strict=True)], "x"),
+        rounds_row("step.memory_vs_trl", [a / b for a, b in zip(*peaks, strict=True)], "x"),
+        *(
+            rounds_row(f"step.tokens_per_s.{side}", values, "tokens/s")
+            for side, values in zip(learned, rates, strict=True)
+        ),
+        *(rounds_row(f"step.seconds.{side}", values, "s") for side, values in zip(learned, seconds, strict=True)),
+        *(rounds_row(f"step.peak_bytes.{side}", values, "bytes") for side, values in zip(learned, peaks, strict=True)),
     ]
 
 
@@ -181,7 +184,7 @@ def share_rows(steps: Sequence[dict[str, float]]) -> list[Row]:
     """Share of the step's time that each part takes. The loss takes the head's gradient within its forward pass."""
     shares = {part: [step.get(part, 0.0) / step["step"] for step in steps] for part in PARTS}
     shares["other"] = [1.0 - sum(values) for values in zip(*shares.values(), strict=True)]
-    return [_row(f"step.share.{part}", values, "share") for part, values in shares.items()]
+    return [rounds_row(f"step.share.{part}", values, "share") for part, values in shares.items()]
 
 
 def describe(peer: dict[str, Any], arguments: argparse.Namespace) -> dict[str, str]:
@@ -258,10 +261,6 @@ def watch_parts() -> list[dict[str, float]]:
     for part, (owner, name) in zip(PARTS, places, strict=True):
         setattr(owner, name, timed(part, getattr(owner, name)))
     return finished
-
-
-def _row(name: str, values: Sequence[float], unit: str) -> Row:
-    return Row(name, statistics.median(values), unit, min(values), max(values), len(values))
 
 
 if __name__ == "__main__":

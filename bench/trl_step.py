@@ -1,7 +1,7 @@
 """How long one step of TRL's GKDTrainer takes, and how much memory: the peer that bench/step.py compares with.
 
-Runs in a virtual environment of its own (bench/requirements-trl.txt) and imports nothing of potstill. Refuses: to time
-anything but whole training steps; loading, warm-up steps, logging and checkpoints are left out.
+Runs in a virtual environment of its own (bench/requirements-peers.txt) and imports nothing of potstill. Refuses: to
+time anything but whole training steps; loading, warm-up steps, logging and checkpoints are left out.
 
 Prints one JSON line: tokens_per_s (of the median step), step_s (every timed step), peak_bytes (resident memory of the
 process, loading included), versions, threads.

@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from potstill.recipes import load_recipe, schema, shipped_recipes
+from potstill.recipes import load_recipe, losses, schema, shipped_recipes, teachers
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 
+
+def kind_of(model: type[BaseModel]) -> str:
+    """The one kind of a model that belongs to a union, none for a model that such models share."""
+    field = model.model_fields.get("kind")
+    return get_args(field.annotation)[0] if field and get_origin(field.annotation) is Literal else ""
+
+
 SECTIONS = {
     "Recipe": schema.Recipe,
     "Data": schema.Data,
     "Splits": schema.Splits,
-    "Teacher: local": schema.LocalTeacher,
+    **{f"Teacher: {kind_of(model)}": model for model in get_args(get_args(teachers.Teacher)[0])},
+    "Member": teachers.Member,
     "Student: layers": schema.LayersStudent,
     "Search": schema.Search,
     "Student: model": schema.PretrainedStudent,
     "Student: config": schema.FreshStudent,
     "Sizes": schema.CausalConfig,
-    "Loss: forward_kl": schema.ForwardKL,
-    "Loss: reverse_kl": schema.ReverseKL,
-    "Loss: cross_entropy": schema.CrossEntropy,
-    "Loss: hidden_mse": schema.HiddenMSE,
-    "Loss: hidden_cosine": schema.HiddenCosine,
+    **{f"Loss: {kind_of(model)}": model for model in get_args(get_args(losses.LossTerm)[0])},
+    **{f"Ramp: {kind_of(model)}": model for model in get_args(get_args(losses.Ramp)[0])},
     "Training": schema.Training,
     "Schedule: cosine": schema.CosineSchedule,
     "Schedule: constant": schema.ConstantSchedule,
@@ -70,10 +76,12 @@ def source_files() -> list[str]:
 def test_every_model_of_the_schema_has_a_section():
     models = {
         model
-        for model in vars(schema).values()
-        if isinstance(model, type) and issubclass(model, BaseModel) and model.__module__ == schema.__name__
+        for module in (schema, losses, teachers)
+        for model in vars(module).values()
+        if isinstance(model, type) and issubclass(model, BaseModel) and model.__module__ == module.__name__
     }
-    public = {model for model in models if not model.__name__.startswith("_")}
+    public = {model for model in models if kind_of(model) or "kind" not in model.model_fields}
+    public = {model for model in public if not model.__name__.startswith("_")}
     assert public == set(SECTIONS.values())
 
 
@@ -107,6 +115,13 @@ def test_the_losses_in_the_documents_fit_into_a_recipe(tmp_path):
     for block in blocks:
         (tmp_path / "recipe.yaml").write_text(f"{quickstart}\n{block}", encoding="utf-8")
         load_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_the_python_in_the_documents_runs(number):
+    blocks = re.findall(r"```python\n(.*?)```", read(ROOT / "docs" / "losses.md"), flags=re.DOTALL)
+    assert len(blocks) == 3
+    exec(compile(blocks[number], f"docs/losses.md, block {number}", "exec"), {})
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -1,7 +1,8 @@
 """The nouns of the house and the protocols between its rooms.
 
-Suffixes: B rows of a batch, T positions, V vocabulary, D width, N supervised positions. Log-probabilities are nats.
-Imports torch and the standard library only, and holds no algorithm beyond what a noun knows about itself.
+Suffixes: B rows of a batch, T positions, V vocabulary, D width, N supervised positions, K listed tokens, M teachers.
+Log-probabilities are nats. Imports torch and the standard library only, and holds no algorithm beyond what a noun
+knows about itself.
 """
 
 from __future__ import annotations
@@ -26,11 +27,15 @@ __all__ = [
     "Loss",
     "LossSum",
     "Measurement",
+    "Mixture",
     "Offer",
     "Reader",
     "Sampling",
     "Signal",
+    "SparseLogits",
+    "States",
     "StudentView",
+    "TeacherLogits",
     "Wants",
 ]
 
@@ -52,7 +57,8 @@ class Offer(StrEnum):
 class Example:
     """One document or conversation. Exactly one of `text` and `messages` is set.
 
-    `messages` are dicts with at least `role` and `content`. `provenance` says who wrote it: `human`, or a model's id.
+    `messages` are dicts with at least `role` and `content`. `source` is the name of the file that it stands in, or the
+    id of a hub's data set. `provenance` says who wrote it: `human`, or a model's id.
     """
 
     id: str
@@ -71,12 +77,14 @@ class Batch:
     segments_BT  int64, 0 for padding, else 1, 2, ...: the number of the piece within the row. Attention and position
                  ids never cross a segment
     examples     per row, the example id of each segment: `examples[b][s - 1]`
+    sources      per row, the source of each segment's example; empty where nobody recorded it
     """
 
     ids_BT: Tensor
     targets_BT: Tensor
     segments_BT: Tensor
     examples: tuple[tuple[str, ...], ...] = ()
+    sources: tuple[tuple[str, ...], ...] = ()
 
     @property
     def positions_BT(self) -> Tensor:
@@ -122,6 +130,7 @@ class Batch:
             self.targets_BT[start:stop],
             self.segments_BT[start:stop],
             self.examples[start:stop],
+            self.sources[start:stop],
         )
 
     def __len__(self) -> int:
@@ -154,6 +163,76 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True)
+class States:
+    """What a model thinks of the next token, not yet spelled out: final hidden states and the head that makes logits.
+
+    rows_ND float [N, D], one row a supervised position.
+    """
+
+    rows_ND: Tensor
+    head: Head
+
+    def sliced(self, vocabulary: int) -> States:
+        """The same thoughts on the first `vocabulary` tokens only."""
+        return replace(self, head=self.head.sliced(vocabulary))
+
+    def to(self, device: torch.device | str) -> States:
+        """The same on another device."""
+        bias_V = None if self.head.bias_V is None else self.head.bias_V.to(device)
+        head = replace(self.head, weight_VD=self.head.weight_VD.to(device), bias_V=bias_V)
+        return States(self.rows_ND.to(device), head)
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Several teachers with one vocabulary; what they say together is the weighted mean of their probabilities.
+
+    weights_NM float [N, M]: every row sums to 1, so that each position may trust other members.
+    """
+
+    members: tuple[States, ...]
+    weights_NM: Tensor
+
+    def sliced(self, vocabulary: int) -> Mixture:
+        """The same on the first `vocabulary` tokens only."""
+        return replace(self, members=tuple(member.sliced(vocabulary) for member in self.members))
+
+    def to(self, device: torch.device | str) -> Mixture:
+        """The same on another device."""
+        return Mixture(tuple(member.to(device) for member in self.members), self.weights_NM.to(device))
+
+
+@dataclass(frozen=True, slots=True)
+class SparseLogits:
+    """Log-probabilities of some tokens at each position, and of all the others together.
+
+    ids_NK       int64 [N, K], distinct within a row
+    logprobs_NK  float [N, K]; -inf fills up a row that lists fewer
+    tail_N       float [N], log-mass of all unlisted tokens; None where the listed ones stand for all (a sampled
+                 teacher: their probabilities sum to 1)
+    temperature  at which these log-probabilities hold: softened ones cannot be had from a truncated list
+    """
+
+    ids_NK: Tensor
+    logprobs_NK: Tensor
+    tail_N: Tensor | None = None
+    temperature: float = 1.0
+
+    def sliced(self, _vocabulary: int) -> SparseLogits:
+        """Itself: whoever listed the tokens knew the vocabulary."""
+        return self
+
+    def to(self, device: torch.device | str) -> SparseLogits:
+        """The same on another device."""
+        tail_N = None if self.tail_N is None else self.tail_N.to(device)
+        return replace(self, ids_NK=self.ids_NK.to(device), logprobs_NK=self.logprobs_NK.to(device), tail_N=tail_N)
+
+
+TeacherLogits = States | Mixture | SparseLogits
+"""The forms in which a teacher's next-token distributions come."""
+
+
+@dataclass(frozen=True, slots=True)
 class Wants:
     """What to read from a model besides text: final hidden states with the head, and hidden layers by number.
 
@@ -168,23 +247,17 @@ class Wants:
 class Signal:
     """What a teacher said about a batch. Absent parts are None or empty.
 
-    final_ND   hidden states that enter the head, at the supervised positions only, in batch order
-    head       the output layer that turns `final_ND` into logits
+    logits     next-token distributions at the supervised positions only, in batch order
     hidden     {layer: [B, T, D]}
     """
 
-    final_ND: Tensor | None = None
-    head: Head | None = None
+    logits: TeacherLogits | None = None
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> Signal:
         """The same signal on another device."""
-        head = self.head
-        if head is not None:
-            bias_V = None if head.bias_V is None else head.bias_V.to(device)
-            head = replace(head, weight_VD=head.weight_VD.to(device), bias_V=bias_V)
-        final_ND = None if self.final_ND is None else self.final_ND.to(device)
-        return Signal(final_ND, head, {layer: hidden.to(device) for layer, hidden in self.hidden.items()})
+        hidden = {layer: states.to(device) for layer, states in self.hidden.items()}
+        return Signal(self.logits and self.logits.to(device), hidden)
 
 
 @dataclass(frozen=True, slots=True)

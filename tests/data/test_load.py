@@ -271,3 +271,11 @@ def test_a_column_asked_for_by_name_must_be_there(key, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "messages": []}])
     with pytest.raises(DataError, match=rf"data\.{key}: no row has a column 'typo'; the columns are: text, messages"):
         read(path, **{key: "typo"})
+
+
+def test_a_row_knows_the_file_that_it_stands_in(tmp_path):
+    (tmp_path / "code:1.jsonl").write_text('{"id": "x", "text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "talk.csv").write_text("text\nc\n")
+    found = [(row.id, row.source) for row in load_examples(str(tmp_path))]
+    assert found == [("x", "code:1.jsonl"), ("code:1.jsonl:2", "code:1.jsonl"), ("talk.csv:1", "talk.csv")]
+    assert [row.source for row in load_examples(str(tmp_path / "talk.csv"))] == ["talk.csv"]

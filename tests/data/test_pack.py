@@ -205,7 +205,7 @@ def test_nothing_but_the_rows_is_left_in_the_folder(packed):
     assert {path.suffix for path in packed.iterdir()} == {".npy", ".jsonl", ".json"}
 
 
-FILES = ["ids.npy", "targets.npy", "segments.npy", "row_starts.npy", "segment_documents.npy", "examples.jsonl"]
+FILES = ["ids.npy", "targets.npy", "segments.npy", "row_starts.npy", "segment_documents.npy", "documents.jsonl"]
 
 
 @pytest.mark.parametrize("name", [*FILES, "example_starts.npy", "rows.json"])
@@ -250,3 +250,18 @@ def test_ids_survive_any_text(tmp_path):
     write_rows((Encoded(name, [1, 2], [False, True]) for name in names), tmp_path, sequence_length=8, pad_id=0)
     assert list(PackedRows(tmp_path).batch([0]).examples[0]) == names
     assert json.loads((tmp_path / "rows.json").read_text())["documents"] == 4
+
+
+def test_every_segment_knows_the_source_of_its_document(tmp_path):
+    documents = [Encoded(f"d{i}", [i] * 4, [False, True, True, True], f"file-{i % 3}.jsonl") for i in range(20)]
+    write_rows(documents, tmp_path, sequence_length=8, pad_id=0)
+    rows = PackedRows(tmp_path)
+    batch = rows.batch(range(len(rows)))
+    told = {
+        name: source
+        for pair in zip(batch.examples, batch.sources, strict=True)
+        for name, source in zip(*pair, strict=True)
+    }
+    assert told == {document.id: document.source for document in documents}
+    assert batch.rows(1, 3).sources == batch.sources[1:3]
+    assert rows.sources() == {"file-0.jsonl", "file-1.jsonl", "file-2.jsonl"}

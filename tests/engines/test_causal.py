@@ -80,6 +80,17 @@ def test_a_model_without_an_output_layer_is_refused(llama):
         head_of(llama)
 
 
+def test_an_output_layer_with_an_adapter_is_refused(llama):
+    class Adapted(nn.Module):
+        def __init__(self, base_layer: nn.Linear) -> None:
+            super().__init__()
+            self.base_layer, self.weight = base_layer, base_layer.weight
+
+    llama.set_output_embeddings(Adapted(llama.get_output_embeddings()))
+    with pytest.raises(ModelError, match=r"carries an adapter.*merge_and_unload.*leave the output layer out"):
+        head_of(llama)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_good_model_passes_the_probe_and_is_left_as_it_was(model, dtype):
     model.to(dtype).train()
@@ -127,10 +138,10 @@ def test_a_reader_gathers_supervised_rows_in_batch_order_and_slices_a_padded_hea
         final_BTD, hidden = read_causal(model, packed, (2,))
     signal = CausalReader(model, 90).read(packed, Wants(final=True, layers=(2,)))
     expected_ND = torch.stack([final_BTD[b, t] for b in range(2) for t in range(16) if packed.supervised_BT[b, t]])
-    assert_close(signal.final_ND, expected_ND)
-    assert signal.head.vocabulary == 90
-    assert_close(signal.head.weight_VD, head_of(model).weight_VD[:90])
-    assert signal.head.bias_V is None or len(signal.head.bias_V) == 90
+    assert_close(signal.logits.rows_ND, expected_ND)
+    assert signal.logits.head.vocabulary == 90
+    assert_close(signal.logits.head.weight_VD, head_of(model).weight_VD[:90])
+    assert signal.logits.head.bias_V is None or len(signal.logits.head.bias_V) == 90
     assert_close(signal.hidden[2], hidden[2])
 
 
@@ -139,29 +150,28 @@ def test_a_reader_learns_nothing(llama, packed):
     signal = reader.read(packed, Wants(final=True, layers=(0,)))
     assert not any(parameter.requires_grad for parameter in llama.parameters())
     assert not llama.training
-    assert not signal.final_ND.requires_grad
+    assert not signal.logits.rows_ND.requires_grad
     assert not signal.hidden[0].requires_grad
 
 
 def test_a_reader_gives_only_what_is_wanted(llama, packed):
     signal = CausalReader(llama, 96).read(packed, Wants(layers=(1,)))
-    assert signal.final_ND is None
-    assert signal.head is None
+    assert signal.logits is None
     assert list(signal.hidden) == [1]
 
 
 def test_a_batch_without_targets_gives_no_rows(llama, packed):
     silent = Batch(packed.ids_BT, torch.full_like(packed.targets_BT, -100), packed.segments_BT)
-    assert CausalReader(llama, 96).read(silent, Wants(final=True)).final_ND.shape == (0, 32)
+    assert CausalReader(llama, 96).read(silent, Wants(final=True)).logits.rows_ND.shape == (0, 32)
 
 
 def test_a_trainable_model_shows_what_a_reader_reads(model, packed):
     view = TrainableCausal(model, "fp32")(packed, (1,))
     assert view.final_ND.requires_grad
     signal = CausalReader(model, model.get_output_embeddings().weight.shape[0]).read(packed, Wants(True, (1,)))
-    assert_close(view.final_ND.detach(), signal.final_ND, rtol=0, atol=0)
+    assert_close(view.final_ND.detach(), signal.logits.rows_ND, rtol=0, atol=0)
     assert_close(view.hidden[1].detach(), signal.hidden[1], rtol=0, atol=0)
-    assert torch.equal(view.head.weight_VD, signal.head.weight_VD)
+    assert torch.equal(view.head.weight_VD, signal.logits.head.weight_VD)
 
 
 def test_bf16_keeps_master_weights_and_gives_bf16_states(model, packed):

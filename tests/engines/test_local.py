@@ -119,7 +119,7 @@ def test_a_prompt_beyond_the_models_positions_keeps_its_end(tiny_tokenizer):
 
 def test_an_engine_cuts_the_padding_of_its_head(engine):
     ids_BT = torch.tensor([[5, 6, 7]])
-    head = engine.read(Batch(ids_BT, ids_BT, torch.ones_like(ids_BT)), Wants(final=True)).head
+    head = engine.read(Batch(ids_BT, ids_BT, torch.ones_like(ids_BT)), Wants(final=True)).logits.head
     assert (head.vocabulary, engine.model.lm_head.weight.shape[0]) == (300, 320)
 
 

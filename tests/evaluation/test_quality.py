@@ -16,7 +16,7 @@ from torch import Tensor
 
 from potstill.errors import NonFiniteError
 from potstill.evaluation import DocumentScores, Resampling, compare_arms, score_arm
-from potstill.types import IGNORE, Batch, Head, Lesson, Measurement, Signal, Wants
+from potstill.types import IGNORE, Batch, Head, Lesson, Measurement, Signal, States, Wants
 
 NAMES = ("nll", "kl_to_teacher", "agreement")
 HEAD = Head(torch.eye(2))
@@ -30,7 +30,7 @@ class Reader:
 
     def read(self, batch: Batch, wants: Wants) -> Signal:
         assert wants == Wants(final=True)
-        return Signal(said(batch) + self.offset, HEAD)
+        return Signal(States(said(batch) + self.offset, HEAD))
 
 
 def said(batch: Batch) -> Tensor:
@@ -38,11 +38,11 @@ def said(batch: Batch) -> Tensor:
     return torch.stack([ids_N, -ids_N], -1)
 
 
-def scorer(arm: tuple[Tensor, Head], teacher: tuple[Tensor, Head], targets_N: Tensor) -> Mapping[str, Tensor]:
+def scorer(arm: States, teacher: States, targets_N: Tensor) -> Mapping[str, Tensor]:
     """Any function of a position's own numbers will do."""
     return {
-        "nll": (arm[0][:, 0] + 0.5 * targets_N).float(),
-        "kl_to_teacher": (arm[0] - teacher[0])[:, 0].square() + 0.25,
+        "nll": (arm.rows_ND[:, 0] + 0.5 * targets_N).float(),
+        "kl_to_teacher": (arm.rows_ND - teacher.rows_ND)[:, 0].square() + 0.25,
         "agreement": (targets_N % 2 == 0).float(),
     }
 
@@ -69,7 +69,7 @@ def packed(draw: st.DrawFn) -> list[Batch]:
 @settings(deadline=None, max_examples=60)
 @given(packed())
 def test_sums_per_document_are_those_of_a_loop_over_positions(batches):
-    lessons = [Lesson(batch, Signal(said(batch), HEAD)) for batch in batches]
+    lessons = [Lesson(batch, Signal(States(said(batch), HEAD))) for batch in batches]
     scores = score_arm(Reader(0.5), lessons, scorer)
     expected: dict[str, list[float]] = {}
     for batch in batches:
@@ -95,7 +95,7 @@ def test_a_document_cut_over_rows_and_batches_is_one_document():
     names = (("a", "b"), ("b",))
     segments_BT = torch.tensor([[1, 2], [1, 1]])
     batch = Batch(ids_BT, ids_BT, segments_BT, names)
-    lessons = [Lesson(batch, Signal(said(batch), HEAD))] * 2
+    lessons = [Lesson(batch, Signal(States(said(batch), HEAD)))] * 2
     scores = score_arm(Reader(), lessons, scorer)
     assert scores.documents == ("a", "b")
     assert scores.counts_D.tolist() == [2.0, 6.0]
@@ -105,7 +105,7 @@ def test_a_document_cut_over_rows_and_batches_is_one_document():
 def test_nothing_supervised_gives_no_document():
     ids_BT = torch.tensor([[1, 2]])
     batch = Batch(ids_BT, torch.full_like(ids_BT, IGNORE), torch.ones_like(ids_BT), (("a",),))
-    scores = score_arm(Reader(), [Lesson(batch, Signal(said(batch), HEAD))], scorer)
+    scores = score_arm(Reader(), [Lesson(batch, Signal(States(said(batch), HEAD)))], scorer)
     assert (scores.documents, scores.counts_D.tolist()) == ((), [])
     assert [scores.sums[name].tolist() for name in NAMES] == [[], [], []]
 
@@ -122,11 +122,11 @@ def test_a_score_that_is_no_number_is_an_error_that_names_the_document(bad):
     ids_BT = torch.tensor([[1, 2, 3]])
     batch = Batch(ids_BT, ids_BT, torch.tensor([[1, 2, 2]]), (("good", "bad"),))
 
-    def broken(arm: tuple[Tensor, Head], teacher: tuple[Tensor, Head], targets_N: Tensor) -> Mapping[str, Tensor]:
+    def broken(arm: States, teacher: States, targets_N: Tensor) -> Mapping[str, Tensor]:
         return {**scorer(arm, teacher, targets_N), "nll": torch.tensor([1.0, bad, 1.0])}
 
     with pytest.raises(NonFiniteError, match="the scores of bad are not finite"):
-        score_arm(Reader(), [Lesson(batch, Signal(said(batch), HEAD))], broken)
+        score_arm(Reader(), [Lesson(batch, Signal(States(said(batch), HEAD)))], broken)
 
 
 # ----------------------------------------------------------------------------------------------------- comparing arms

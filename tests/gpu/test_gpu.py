@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from potstill.losses import HeadTerm, distillation_loss
-from potstill.types import Head
+from potstill.types import Head, States
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -22,9 +22,8 @@ def _gradients(device: str, dtype: torch.dtype, compiled: bool) -> list[torch.Te
     teacher_ND = torch.randn(300, 96, generator=generator).to(device, dtype)
     head = Head(torch.randn(5003, 96, generator=generator).mul(0.2).to(device, dtype))
     targets_N = torch.randint(0, 5003, (300,), generator=generator).to(device)
-    result = distillation_loss(
-        student_ND, Head(weight_VD), targets_N, TERMS, teacher_ND=teacher_ND, teacher_head=head, compiled=compiled
-    )
+    student, teacher = States(student_ND, Head(weight_VD)), States(teacher_ND, head)
+    result = distillation_loss(student, targets_N, TERMS, teacher=teacher, compiled=compiled)
     result.total.backward()
     assert student_ND.grad is not None
     assert weight_VD.grad is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.testing import assert_close
 
-from potstill.losses import HeadLoss, HeadTerm, HiddenLoss, Objective
-from potstill.types import IGNORE, Batch, Head, Lesson, Offer, Signal, StudentView
+from potstill.losses import HeadLoss, HeadTerm, HiddenLoss, Objective, Ramp, Schedule
+from potstill.types import IGNORE, Batch, Head, Lesson, Mixture, Offer, Signal, SparseLogits, States, StudentView
 
 VOCABULARY, PADDED, WIDTHS, LENGTH = 11, 14, (4, 6), 9
 SOFT = HeadTerm("forward_kl", 0.6, 2.0)
@@ -40,7 +41,7 @@ class Toy(nn.Module):
     @torch.no_grad()
     def teach(self, batch: Batch) -> Lesson:
         view = self(batch)
-        return Lesson(batch, Signal(view.final_ND, view.head, view.hidden))
+        return Lesson(batch, Signal(States(view.final_ND, view.head), view.hidden))
 
 
 def make_batch(counts: Sequence[int], length: int = LENGTH, padding: int = 0) -> Batch:
@@ -81,7 +82,7 @@ def teacher() -> Toy:
 
 
 def learn(
-    objective: Objective, student: Toy, teacher: Toy, batches: Sequence[Batch]
+    objective: Objective, student: Toy, teacher: Toy, batches: Sequence[Batch], *, progress: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The step's loss and terms over these micro-batches; gradients are left on student and objective."""
     student.zero_grad()
@@ -89,7 +90,7 @@ def learn(
     counts = objective.counts(batches)
     loss, terms = torch.zeros(()), {}
     for batch in batches:
-        share, parts = objective(student(batch), teacher.teach(batch), counts)
+        share, parts = objective(student(batch), teacher.teach(batch), counts, progress)
         share.backward()
         loss = loss + share.detach()
         terms = {name: terms.get(name, 0.0) + value for name, value in parts.items()}
@@ -267,3 +268,150 @@ def test_a_soft_loss_without_a_signal_says_what_is_missing(student):
 def test_projections_are_parameters_of_the_objective_and_of_nobody_else():
     names = dict(make_objective().named_parameters())
     assert set(names) == {"losses.1.projections.1.weight", "losses.2.projections.0.weight"}
+
+
+# Teachers of other forms
+
+
+def said_by(teachers: Sequence[Toy], batch: Batch) -> list[States]:
+    return [teacher.teach(batch).signal.logits for teacher in teachers]
+
+
+def test_a_mixture_of_one_teacher_with_itself_is_that_teacher(student, teacher):
+    loss, batch = HeadLoss([SOFT, HARD], VOCABULARY), make_batch([5, 3])
+    (states,) = said_by([teacher], batch)
+    weights_NM = torch.tensor([[0.25, 0.75]], dtype=torch.float64).expand(8, 2)
+    alone = loss(student(batch), Lesson(batch, Signal(states)))
+    mixed = loss(student(batch), Lesson(batch, Signal(Mixture((states, states), weights_NM))))
+    assert_close(mixed.total, alone.total)
+    assert_close(mixed.terms, alone.terms)
+
+
+def test_the_padding_of_no_member_of_a_mixture_enters_a_softmax(student, teacher):
+    other = Toy(3)
+    loss, batch = HeadLoss([SOFT], VOCABULARY), make_batch([5, 3])
+    lesson = Lesson(batch, Signal(Mixture(tuple(said_by([teacher, other], batch)), torch.full((8, 2), 0.5).double())))
+    before = loss(student(batch), lesson).total
+    with torch.no_grad():
+        for model in (teacher, other, student):
+            model.head.bias[VOCABULARY:] += 50.0
+    assert_close(loss(student(batch), lesson).total, before)
+
+
+def test_a_list_of_all_tokens_is_as_good_as_the_whole_distribution(student, teacher):
+    loss, batch = HeadLoss([HeadTerm("forward_kl"), HARD], VOCABULARY), make_batch([4, 9])
+    (states,) = said_by([teacher], batch)
+    logits_NV = states.rows_ND @ states.head.weight_VD.T + states.head.bias_V
+    logprobs_NK = logits_NV[:, :VOCABULARY].log_softmax(-1)
+    listed = SparseLogits(torch.arange(VOCABULARY).expand(13, VOCABULARY), logprobs_NK)
+    whole = loss(student(batch), Lesson(batch, Signal(states)))
+    assert_close(loss(student(batch), Lesson(batch, Signal(listed))).total, whole.total)
+
+
+# Numbers that move
+
+numbers = st.just(0.0) | st.floats(1e-6, 100)
+progresses = st.floats(0, 1)
+shapes = st.sampled_from(["linear", "cosine"])
+
+
+@given(numbers, numbers, shapes)
+def test_a_ramp_begins_and_ends_exactly_where_it_says(start, end, kind):
+    ramp = Ramp(start, end, kind)
+    assert (ramp.at(0.0), ramp.at(1.0)) == (start, end)
+    assert ramp.at(0.5) == pytest.approx((start + end) / 2)
+
+
+@given(numbers, numbers, shapes, st.tuples(progresses, progresses).map(sorted))
+def test_a_ramp_never_turns_back_and_never_leaves_its_ends(start, end, kind, moments):
+    earlier, later = (Ramp(start, end, kind).at(progress) for progress in moments)
+    slack = 1e-12 * max(start, end)
+    assert min(start, end) - slack <= earlier <= max(start, end) + slack
+    assert (later - earlier) * (1 if end >= start else -1) >= -slack
+
+
+def test_the_shapes_of_ramps_are_those_of_their_names():
+    assert [Ramp(1.0, 3.0).at(share / 4) for share in range(5)] == [1.0, 1.5, 2.0, 2.5, 3.0]
+    assert Ramp(0.0, 2.0, "cosine").at(0.25) == pytest.approx(1 - 2**-0.5)
+    assert Ramp(2.0, 0.0, "cosine").at(1 / 3) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("progress", [-0.01, 1.01, float("nan")])
+def test_there_is_no_progress_before_the_start_or_after_the_end(progress):
+    with pytest.raises(ValueError, match="no share of a training"):
+        Ramp(1.0, 2.0).at(progress)
+
+
+SCHEDULES = {
+    "forward_kl": Schedule(Ramp(0.0, 2.0), Ramp(4.0, 1.0, "cosine")),
+    "cross_entropy": Schedule(weight=Ramp(1.0, 0.0)),
+    "hidden_mse": Schedule(weight=Ramp(3.0, 0.0, "cosine")),
+}
+
+
+def moving_objective() -> Objective:
+    return Objective(list(make_objective().losses), SCHEDULES).double()
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
+def test_a_scheduled_objective_is_the_fixed_one_with_the_numbers_of_that_moment(student, teacher, progress):
+    share = (1 - math.cos(math.pi * progress)) / 2
+    soft = replace(SOFT, weight=SOFT.weight * 2 * progress, temperature=4 - 3 * share)
+    hard = replace(HARD, weight=HARD.weight * (1 - progress))
+    torch.manual_seed(7)
+    hidden = [
+        HiddenLoss("hidden_mse", {1: 1}, WIDTHS, 0.5 * 3 * (1 - share)),
+        HiddenLoss("hidden_cosine", {0: 1}, WIDTHS),
+    ]
+    fixed, moving = Objective([HeadLoss([soft, hard], VOCABULARY), *hidden]).double(), moving_objective()
+    batches = [make_batch([4, 9, 0]), make_batch([1])]
+    one = (*learn(fixed, student, teacher, batches), gradients(student, fixed))
+    other = learn(moving, student, teacher, batches, progress=progress)
+    assert_same_step((*other, gradients(student, moving)), one)
+
+
+def test_a_term_whose_weight_is_0_teaches_nothing_and_is_still_logged(student, teacher):
+    moving = Objective([HeadLoss([SOFT, HARD], VOCABULARY)], {"forward_kl": Schedule(Ramp(0.0, 1.0))})
+    alone, batch = Objective([HeadLoss([HARD], VOCABULARY)]), make_batch([7, 2])
+    loss, terms = learn(moving, student, teacher, [batch])
+    found = gradients(student)
+    expected = learn(alone, student, teacher, [batch])
+    assert_close(loss, expected[0])
+    assert_close(found, gradients(student))
+    assert terms["forward_kl"] > 0.0
+
+
+def test_a_projection_gets_a_gradient_of_0_where_its_term_is_off(student, teacher):
+    moving = moving_objective()
+    learn(moving, student, teacher, [make_batch([5])], progress=1.0)
+    assert torch.equal(moving.losses[1].projections["1"].weight.grad, torch.zeros(6, 4).double())
+
+
+def test_what_moves_is_told_as_it_is_and_not_summed_over_micro_batches():
+    moving = moving_objective()
+    assert moving.scheduled(0.0) == pytest.approx(
+        {"weight_forward_kl": 0.0, "temperature_forward_kl": 4.0, "weight_cross_entropy": 0.4, "weight_hidden_mse": 1.5}
+    )
+    assert moving.scheduled(1.0) == pytest.approx(
+        {"weight_forward_kl": 1.2, "temperature_forward_kl": 1.0, "weight_cross_entropy": 0.0, "weight_hidden_mse": 0.0}
+    )
+    assert make_objective().scheduled(0.5) == {}
+
+
+def test_whether_a_teacher_is_asked_does_not_move():
+    off = Objective([HeadLoss([SOFT, HARD], VOCABULARY)], {"forward_kl": Schedule(Ramp(0.0, 1.0))})
+    assert off.needs == {Offer.LOGITS}
+
+
+@pytest.mark.parametrize(
+    ("schedules", "words"),
+    [
+        ({"forward_lk": Schedule(Ramp(0.0, 1.0))}, r"\['forward_lk'\] are of no term: use the names .*'forward_kl'"),
+        ({"cross_entropy": Schedule(temperature=Ramp(1.0, 2.0))}, "a temperature that these terms lack"),
+        ({"hidden_mse": Schedule(temperature=Ramp(1.0, 2.0))}, "a temperature that these terms lack"),
+    ],
+    ids=["no term", "hard", "hidden"],
+)
+def test_a_schedule_of_what_is_not_there_is_refused(schedules, words):
+    with pytest.raises(ValueError, match=words):
+        Objective(list(make_objective().losses), schedules)

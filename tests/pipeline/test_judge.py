@@ -18,7 +18,7 @@ def snapshot(tmp_path, monkeypatch):
 
 
 def sizes(folder: Path) -> dict[str, float]:
-    return {found.name: found.value for found in judge._sizes("teacher", 7, folder)}
+    return {found.name: found.value for found in judge._sizes("teacher", 7, [str(folder)])}
 
 
 def test_a_hub_id_weighs_as_much_as_its_copy_here(snapshot):

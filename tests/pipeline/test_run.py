@@ -88,6 +88,14 @@ def test_nothing_is_done_twice(load, caplog):
 
 
 @pytest.mark.usefixtures("continued")
+def test_what_else_lies_in_the_current_directory_is_no_part_of_a_run(load, tmp_path, monkeypatch):
+    recipe = load()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert {status.state for status in explain_run(recipe)} == {"done"}
+
+
+@pytest.mark.usefixtures("continued")
 def test_only_stale_stages_are_done_again(load, caplog):
     caplog.set_level(logging.INFO)
     recipe = load("evaluation.max_rows=4")

@@ -268,14 +268,23 @@ def part(kind: str, **fields: st.SearchStrategy[object]) -> st.SearchStrategy[di
     return some(**fields).map(lambda given: {"kind": kind, **given})
 
 
+RAMPS = st.one_of(
+    st.builds(
+        lambda kind, ends: {"kind": kind, **ends},
+        st.sampled_from(["linear", "cosine"]),
+        st.fixed_dictionaries({"start": POSITIVES, "end": POSITIVES}),
+    ),
+    st.builds(lambda value: {"kind": "constant", "value": value}, POSITIVES),
+)
 LAYERS = st.sampled_from(["even", "last"]) | st.dictionaries(
     st.integers(0, 40), st.integers(0, 40), min_size=1, max_size=4
 )
 TERMS = st.lists(
     st.one_of(
         part("forward_kl", weight=POSITIVES, temperature=POSITIVES, times_temperature_squared=st.booleans()),
-        part("reverse_kl", weight=POSITIVES),
-        part("cross_entropy", weight=POSITIVES),
+        part("reverse_kl", weight=POSITIVES | RAMPS, temperature=RAMPS),
+        part("skew_forward_kl", alpha=FRACTIONS),
+        part("cross_entropy", weight=RAMPS, label_smoothing=FRACTIONS),
         part("hidden_mse", layers=LAYERS),
         part("hidden_cosine", layers=LAYERS),
     ),

@@ -19,7 +19,10 @@ BASE: dict[str, Any] = {
     "losses": [{"kind": "forward_kl"}],
     "training": {"steps": 3},
 }
-KINDS = "forward_kl, reverse_kl, cross_entropy, hidden_mse or hidden_cosine"
+KINDS = (
+    "forward_kl, reverse_kl, symmetric_kl, jsd, normalised_jsd, skew_forward_kl, skew_reverse_kl, total_variation, "
+    "alpha_beta, adaptive_kl, cross_entropy, hidden_mse or hidden_cosine"
+)
 KEEP = "0-based layer numbers, or `even`, or `greedy` (remove one by one the layer whose removal hurts least)."
 SEED = "Of everything that is random: splits, order, initial weights. Change it or leave it out for the default, 0."
 BETAS = "AdamW's decay rates of the first and second moment."
@@ -60,9 +63,9 @@ KIND = [
     ({"losses": []}, "losses: got an empty list, needs 1 or more of them."),
     (
         {"teacher": {"kind": "lokal", "model": "m"}},
-        "teacher.kind: got 'lokal', needs local. Did you mean local?",
+        "teacher.kind: got 'lokal', needs local, run or mixture. Did you mean local?",
     ),
-    ({"teacher": None}, "teacher: got null, needs a mapping with kind: local."),
+    ({"teacher": None}, "teacher: got null, needs a mapping with kind: local, run or mixture."),
 ]
 MISSING = [
     (without("name"), "name: missing. Name of the run; letters, digits, dot, dash, underscore."),

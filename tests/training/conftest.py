@@ -16,9 +16,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from potstill.losses import HeadLoss, HeadTerm, HiddenLoss, Objective
+from potstill.losses import HeadLoss, HeadTerm, HiddenLoss, Objective, Schedule
 from potstill.training import Callbacks, CheckpointStore, Plan, RowSource, Training, learning_rate_factor, train
-from potstill.types import IGNORE, Batch, Head, Lesson, Signal, StudentView, Wants
+from potstill.types import IGNORE, Batch, Head, Lesson, Signal, States, StudentView, Wants
 
 VOCABULARY, LENGTH, ROWS = 32, 12, 22
 
@@ -62,7 +62,7 @@ class TinyTeacher:
         self.asked += 1
         states = self.model.states(batch)
         head = Head(self.model.head.weight, self.model.head.bias)
-        return Signal(states[-1][batch.supervised_BT], head, {layer: states[layer] for layer in wants.layers})
+        return Signal(States(states[-1][batch.supervised_BT], head), {layer: states[layer] for layer in wants.layers})
 
 
 class TinyRows:
@@ -86,11 +86,12 @@ class TinyRows:
         return Batch(self.ids[rows], self.targets[rows], self.segments[rows], names)
 
 
-def make_objective(projections: bool = True) -> Objective:
+def make_objective(projections: bool = True, schedules: dict[str, Schedule] | None = None) -> Objective:
     with torch.random.fork_rng():
         torch.manual_seed(2)
         head = HeadLoss([HeadTerm("forward_kl", temperature=2.0), HeadTerm("cross_entropy", 0.5)], VOCABULARY)
-        return Objective([head, HiddenLoss("hidden_mse", {1: 1, 2: 2}, (16, 24), 0.3)] if projections else [head])
+        hidden = [HiddenLoss("hidden_mse", {1: 1, 2: 2}, (16, 24), 0.3)] if projections else []
+        return Objective([head, *hidden], schedules)
 
 
 def make_plan(steps: int, **changes: Any) -> Plan:
@@ -111,6 +112,7 @@ def make_training(**changes: Any) -> Training:
         "validation": (),
         "examiner": None,
         "projections": True,
+        "schedules": None,
     } | changes
     accelerator = Accelerator(cpu=True)
     source = RowSource(
@@ -123,7 +125,7 @@ def make_training(**changes: Any) -> Training:
         rank=(accelerator.process_index, accelerator.num_processes),
     )
     student = TinyStudent(dropout=settings["dropout"], precision=settings["precision"]).train()
-    objective = make_objective(settings["projections"])
+    objective = make_objective(settings["projections"], settings["schedules"])
     return Training(student, objective, source, accelerator, settings["validation"], settings["examiner"])
 
 

@@ -18,9 +18,14 @@ import torch
 from torch.testing import assert_close
 
 from potstill.errors import CheckpointError, Interrupted, NonFiniteError, RunError
-from potstill.losses import HeadLoss, HeadTerm, Objective
+from potstill.losses import HeadLoss, HeadTerm, Objective, Ramp, Schedule
 from potstill.training import Callbacks, CheckpointStore, Training, train
-from potstill.types import IGNORE, Batch, Head, Signal, Wants
+from potstill.types import IGNORE, Batch, Head, Signal, States, Wants
+
+SCHEDULES = {
+    "forward_kl": Schedule(Ramp(0.0, 1.5), Ramp(4.0, 1.0, "cosine")),
+    "hidden_mse": Schedule(weight=Ramp(1.0, 0.0)),
+}
 
 
 class Killed(BaseException):
@@ -50,6 +55,39 @@ def test_20_steps_are_10_and_a_kill_and_10_more_bitwise(run, precision, rows_at_
         run(20, "killed", plan={"checkpoint_steps": 5}, callbacks=die_after(12), **settings)
     torch.rand(5)
     assert_bitwise(run(20, "killed", **settings), whole)
+
+
+@pytest.mark.parametrize("rows_at_once", [8, 2])
+def test_what_moves_is_logged_as_it_is_whatever_the_micro_batches(run, rows_at_once):
+    lines = []
+    run(5, rows_at_once=rows_at_once, schedules=SCHEDULES, callbacks=Callbacks(log=lines.append))
+    shares = [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert [line["weight_forward_kl"] for line in lines] == [1.5 * share for share in shares]
+    assert [line["temperature_forward_kl"] for line in lines] == [Ramp(4.0, 1.0, "cosine").at(s) for s in shares]
+    assert [line["weight_hidden_mse"] for line in lines] == pytest.approx([0.3 * (1 - share) for share in shares])
+    assert not any("weight_cross_entropy" in line for line in lines)
+    for line in lines:
+        told = {name: line[f"weight_{name}"] for name in SCHEDULES}
+        told["forward_kl"] *= line["temperature_forward_kl"] ** 2
+        by_hand = sum(told[name] * line[name] for name in SCHEDULES) + 0.5 * line["cross_entropy"]
+        assert line["loss"] == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_a_training_of_one_step_is_at_its_start(run):
+    lines = []
+    run(1, schedules=SCHEDULES, callbacks=Callbacks(log=lines.append))
+    assert (lines[0]["weight_forward_kl"], lines[0]["temperature_forward_kl"]) == (0.0, 4.0)
+
+
+def test_what_moves_goes_on_exactly_after_a_kill(run):
+    lines, settings = {"whole": [], "killed": []}, {"schedules": SCHEDULES, "dropout": 0.2}
+    whole = run(20, "whole", callbacks=Callbacks(log=lines["whole"].append), **settings)
+    with pytest.raises(Killed):
+        run(20, "killed", plan={"checkpoint_steps": 5}, callbacks=die_after(12), **settings)
+    assert_bitwise(run(20, "killed", callbacks=Callbacks(log=lines["killed"].append), **settings), whole)
+    for before, after in zip(lines["whole"][10:], lines["killed"], strict=True):
+        assert {**before, "seconds": 0} == {**after, "seconds": 0}
+    assert not all(torch.equal(whole[name], value) for name, value in run(20, "fixed", dropout=0.2).items())
 
 
 def test_training_changes_all_weights_and_lowers_the_loss(kit, run, tmp_path):
@@ -250,7 +288,7 @@ class NaNTeacher:
         count = int(batch.supervised_BT.sum())
         bad = any(f"doc-{self.row}-a" in names for names in batch.examples)
         states_ND = torch.full((count, 16), math.nan if bad else 0.0)
-        return Signal(states_ND, Head(torch.zeros(32, 16)))
+        return Signal(States(states_ND, Head(torch.zeros(32, 16))))
 
 
 def test_a_teacher_that_says_nan_stops_before_a_weight_is_touched(kit, run, tmp_path):

@@ -118,11 +118,11 @@ def test_lessons_carry_what_the_teacher_says_when_asked_for_them(kit):
     lesson = origin.lesson(batches[1])
     assert teacher.asked == 1
     assert lesson.batch is batches[1]
-    assert lesson.signal.final_ND.shape == (int(batches[1].supervised_BT.sum()), 24)
+    assert lesson.signal.logits.rows_ND.shape == (int(batches[1].supervised_BT.sum()), 24)
     assert list(lesson.signal.hidden) == [1]
 
 
 def test_without_a_teacher_signals_are_empty(kit):
     origin = RowSource(kit.rows(), seed=0, batch_rows=2, rows_at_once=2)
     signal = origin.lesson(origin.draw()[0]).signal
-    assert (signal.final_ND, signal.head, dict(signal.hidden)) == (None, None, {})
+    assert (signal.logits, dict(signal.hidden)) == (None, {})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ class Encoded:
     id: str
     ids: list[int]
     learn: list[bool]
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +99,10 @@ def encode_examples(
         for example in batch:
             if example.messages is None:
                 ids = next(texts)
-                yield Encoded(example.id, ids, [position > 0 for position in range(len(ids))])
+                yield Encoded(example.id, ids, [position > 0 for position in range(len(ids))], example.source)
             elif chat is not None:
-                yield from _encode_chat(example.id, example.messages, chat)
+                pages = _encode_chat(example.id, example.messages, chat)
+                yield from (replace(page, source=example.source) for page in pages)
 
 
 def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

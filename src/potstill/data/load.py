@@ -41,7 +41,10 @@ _TEXT, _MESSAGES = "text", "messages"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row as it was found. `text` and `messages` hold whatever their columns held, None where there is nothing."""
+    """A row as it was found. `text` and `messages` hold whatever their columns held, None where there is nothing.
+
+    source  name of the file (of the folder, for a saved `datasets` folder), or id of the hub's data set
+    """
 
     id: str
     source: str
@@ -82,7 +85,7 @@ def _rows(records: Iterable[Record], *, source: str, text: str, messages: str) -
     for place, cells in records:
         columns.update(dict.fromkeys(cells))
         name = _unique(_identity(cells.get("id")) or place, uses)
-        yield Row(id=name, source=source, text=cells.get(text), messages=cells.get(messages))
+        yield Row(id=name, source=place.rpartition(":")[0], text=cells.get(text), messages=cells.get(messages))
     if not uses:
         raise DataError(f"data.source: {source} holds no rows. Give a source with at least a few documents.")
     _check_columns(list(columns), text=text, messages=messages)

@@ -29,7 +29,7 @@ _STATS = "rows.json"
 _TOKENS = ("ids.npy", "targets.npy", "segments.npy")  # int32 [rows, sequence_length] each
 _ROW_STARTS = "row_starts.npy"  # int64 [rows + 1], where a row's segments start in the next
 _DOCUMENTS = "segment_documents.npy"  # int64 [segments], document numbers
-_EXAMPLES = "examples.jsonl"  # the id of each document
+_EXAMPLES = "documents.jsonl"  # id and source of each document
 _EXAMPLE_STARTS = "example_starts.npy"  # int64 [documents + 1], where its line starts
 _SPOOL = "spool.bin"
 _ROWS_AT_ONCE = 256
@@ -186,24 +186,32 @@ class PackedRows:
     def __len__(self) -> int:
         return self.stats.rows
 
+    def sources(self) -> set[str]:
+        """The sources of all documents."""
+        return {json.loads(line)[1] for line in self._examples.tobytes().splitlines()}
+
     def batch(self, row_numbers: Sequence[int]) -> Batch:
-        """The rows of these numbers, in this order, as a batch of int64 tensors [B, T] with the ids of their examples.
+        """The rows of these numbers, in this order, as a batch of int64 tensors [B, T] that knows its examples.
 
         Raises:
             IndexError: there is no such row.
         """
         rows = [range(len(self))[number] for number in row_numbers]
+        documents = [list(self._documents_of(row)) for row in rows]
         return Batch(
             ids_BT=_take(self._ids, rows),
             targets_BT=_take(self._targets, rows),
             segments_BT=_take(self._segments, rows),
-            examples=tuple(tuple(self._names(row)) for row in rows),
+            examples=tuple(tuple(name for name, _ in row) for row in documents),
+            sources=tuple(tuple(source for _, source in row) for row in documents),
         )
 
-    def _names(self, row: int) -> Iterator[str]:
+    def _documents_of(self, row: int) -> Iterator[tuple[str, str]]:
+        """Id and source of the document of each segment."""
         for document in self._documents[self._row_starts[row] : self._row_starts[row + 1]]:
             start, stop = self._example_starts[document : document + 2]
-            yield json.loads(self._examples[start:stop].tobytes())
+            name, source = json.loads(self._examples[start:stop].tobytes())
+            yield name, source
 
 
 def _spool_pieces(encoded: Iterable[Encoded], folder: Path, sequence_length: int) -> _Pieces:
@@ -213,7 +221,8 @@ def _spool_pieces(encoded: Iterable[Encoded], folder: Path, sequence_length: int
     with (folder / _SPOOL).open("wb") as spool, (folder / _EXAMPLES).open("wb") as examples:
         for document in encoded:
             if document.id != last_id:
-                starts.append(starts[-1] + examples.write(json.dumps(document.id).encode() + b"\n"))
+                line = json.dumps([document.id, document.source]).encode() + b"\n"
+                starts.append(starts[-1] + examples.write(line))
                 last_id = document.id
             for piece in _cut(document, sequence_length):
                 targets = np.flatnonzero(piece[1] != IGNORE)

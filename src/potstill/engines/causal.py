@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import ModelError
-from potstill.types import Batch, Head, Signal, StudentView, Wants
+from potstill.types import Batch, Head, Signal, States, StudentView, Wants
 
 __all__ = ["CausalReader", "TrainableCausal", "head_of", "probe", "read_causal"]
 
@@ -22,9 +22,15 @@ def head_of(model: Any) -> Head:
     """The output layer of a causal language model, with the scale and soft-cap that some families put behind it.
 
     Gemma 2 caps (`final_logit_softcapping`); Cohere multiplies (`logit_scale`); Granite divides (`logits_scaling`).
-    Raises ModelError where the model has no linear output layer.
+    Raises ModelError where the model has no linear output layer, or one with an adapter (LoRA) on it.
     """
     layer = model.get_output_embeddings()
+    if hasattr(layer, "base_layer"):
+        raise ModelError(
+            f"{type(model).__name__}'s output layer carries an adapter ({type(layer).__module__}), so its weight is "
+            "only a part of what it does. Merge the adapter (merge_and_unload), or leave the output layer out of its "
+            "targets."
+        )
     if not isinstance(layer, nn.Linear):
         raise ModelError(
             f"{type(model).__name__} has no linear output layer (got {type(layer).__name__}): needs a causal language "
@@ -69,7 +75,7 @@ class CausalReader:
         if not wants.final:
             return Signal(hidden=hidden)
         head = head_of(self.model).sliced(self.vocabulary)
-        return Signal(final_BTD[batch.supervised_BT], head, hidden)
+        return Signal(States(final_BTD[batch.supervised_BT], head), hidden)
 
 
 class TrainableCausal(nn.Module):

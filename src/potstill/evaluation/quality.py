@@ -14,12 +14,12 @@ from torch import Tensor
 
 from potstill.errors import NonFiniteError
 from potstill.evaluation.bootstrap import Floats, Resampling
-from potstill.types import Head, Lesson, Measurement, Reader, Wants
+from potstill.types import Lesson, Measurement, Mixture, Reader, States, Wants
 
 __all__ = ["DocumentScores", "Scorer", "compare_arms", "score_arm"]
 
-Scorer = Callable[[tuple[Tensor, Head], tuple[Tensor, Head], Tensor], Mapping[str, Tensor]]
-"""(arm's final states and head, teacher's, targets) -> values per position: nll, kl_to_teacher, agreement; each [N]."""
+Scorer = Callable[[States | Mixture, States | Mixture, Tensor], Mapping[str, Tensor]]
+"""(what the arm thinks, what the teacher said, targets) -> nll, kl_to_teacher and agreement per position, each [N]."""
 
 NAMES = ("nll", "kl_to_teacher", "agreement")
 
@@ -40,12 +40,11 @@ def score_arm(reader: Reader, lessons: Iterable[Lesson], scorer: Scorer) -> Docu
     """
     totals: dict[str, NDArray[np.float64]] = {}
     for lesson in lessons:
-        said = reader.read(lesson.batch, Wants(final=True))
-        signal = lesson.signal
-        if said.final_ND is None or said.head is None or signal.final_ND is None or signal.head is None:
+        said, teacher = reader.read(lesson.batch, Wants(final=True)).logits, lesson.signal.logits
+        if not isinstance(said, States | Mixture) or not isinstance(teacher, States | Mixture):
             raise ValueError("scoring needs final hidden states and heads of both sides")
-        device = said.final_ND.device
-        values = scorer((said.final_ND, said.head), (signal.final_ND, signal.head), lesson.batch.targets_N.to(device))
+        device = (said if isinstance(said, States) else said.members[0]).rows_ND.device
+        values = scorer(said, teacher, lesson.batch.targets_N.to(device))
         table_N4 = np.stack([values[name].double().cpu().numpy() for name in NAMES], axis=1)
         for document, row in zip(_documents(lesson), table_N4, strict=True):
             total = totals.setdefault(document, np.zeros(len(NAMES) + 1))

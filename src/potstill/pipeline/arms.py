@@ -16,18 +16,18 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from potstill.data import PackedRows
-from potstill.engines import LocalEngine, load_model, load_tokenizer, pick_device
+from potstill.engines import load_model, load_tokenizer, models_of, pick_device
 from potstill.pipeline import build
 from potstill.pipeline.memory import keep_freed_memory
 from potstill.pipeline.metrics import MetricsLog, start_trackers
+from potstill.pipeline.places import STUDENT
 from potstill.pipeline.progress import Meter, metered
 from potstill.pipeline.rundir import Stage
-from potstill.pipeline.stages import STUDENT
 from potstill.pipeline.stopping import Stopping
 from potstill.recipes import Recipe
 from potstill.students import save_student
 from potstill.training import Callbacks, CheckpointStore, RowSource, Training, train
-from potstill.types import Lesson, Wants
+from potstill.types import Lesson, Reader, Wants
 
 __all__ = ["Arm", "Inputs", "read_lessons", "train_arm"]
 
@@ -68,8 +68,8 @@ def train_arm(recipe: Recipe, stage: Stage, inputs: Inputs, arm: Arm, *, stoppin
     store.clear()  # not before the stage is finished: until then they are what a crash would continue from
 
 
-def read_lessons(teacher: LocalEngine, rows: PackedRows, most: int | None, *, at_once: int) -> Iterator[Lesson]:
-    """The first `most` rows (None: all) with what the teacher says about them: final states and head."""
+def read_lessons(teacher: Reader, rows: PackedRows, most: int | None, *, at_once: int) -> Iterator[Lesson]:
+    """The first `most` rows (None: all) with what the teacher says about them: its next-token distributions."""
     count = len(rows) if most is None else min(most, len(rows))
     for start in range(0, count, at_once):
         batch = rows.batch(range(start, min(start + at_once, count)))
@@ -87,7 +87,7 @@ def _assemble(recipe: Recipe, inputs: Inputs, arm: Arm, rows: PackedRows, *, ste
     objective = build.build_objective(
         build.terms_of(recipe, arm), inputs.vocabulary, student.config, teacher.model.config
     ).to(accelerator.device)
-    build.compile_blocks(recipe, steps, student, teacher.model if objective.needs else None)
+    build.compile_blocks(recipe, steps, student, models_of(teacher) if objective.needs else ())
     held_out = PackedRows(inputs.prepared / "validation")
     # In batches of the training's shape: another one would be compiled once more.
     at_once = min(recipe.training.rows_at_once, recipe.training.validation_rows)

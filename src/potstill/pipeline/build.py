@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,22 +15,39 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
 from potstill.data import PackedRows
-from potstill.engines import LocalEngine, TrainableCausal, load_model, load_tokenizer, pick_device
+from potstill.engines import (
+    LocalEngine,
+    MixtureEngine,
+    TeacherEngine,
+    TrainableCausal,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    shares_of,
+)
 from potstill.engines.local import load_config
 from potstill.errors import ModelError, RecipeError
-from potstill.losses import HeadLoss, HeadTerm, HiddenLoss, Objective, can_compile
+from potstill.losses import HeadLoss, HeadTerm, HiddenLoss, Objective, Ramp, Schedule, can_compile
 from potstill.pipeline.places import resolve_model
-from potstill.recipes.schema import (
-    CosineSchedule,
+from potstill.recipes.losses import (
+    ConstantRamp,
+    CosineRamp,
     CrossEntropy,
-    ForwardKL,
-    FreshStudent,
     HiddenCosine,
     HiddenMSE,
-    LayersStudent,
+    LinearRamp,
     LossTerm,
+    SoftTerm,
+    VocabularyTerm,
+)
+from potstill.recipes.schema import (
+    CosineSchedule,
+    FreshStudent,
+    LayersStudent,
+    LocalTeacher,
+    Member,
+    MixtureTeacher,
     Recipe,
-    ReverseKL,
     WSDSchedule,
 )
 from potstill.students import cut_layers, even_layers, fresh_model
@@ -48,8 +65,10 @@ __all__ = [
     "build_teacher",
     "build_trainable",
     "check_losses",
+    "check_sources",
     "compile_blocks",
     "count_steps",
+    "teachers_of",
     "terms_of",
     "wants_of",
 ]
@@ -58,11 +77,35 @@ WORTH_COMPILING_OPERATIONS = 3e13
 """Floating-point operations of a training from which on compiling its blocks, some 20 seconds, is won back."""
 
 
-def build_teacher(recipe: Recipe) -> LocalEngine:
-    """The teacher's engine. Its tokenizer and chat template are the run's."""
-    model = resolve_model(recipe.teacher.model, "teacher.model")
+def build_teacher(recipe: Recipe) -> TeacherEngine:
+    """The teacher's engine, of a recipe whose assistant is settled. Its tokenizer and chat template are the run's."""
     device = pick_device(recipe.teacher.device, "teacher.device")
-    return build_engine(model, recipe.teacher.dtype, device, "teacher.model")
+    engines = [
+        build_engine(resolve_model(member.model, key), recipe.teacher.dtype, device, key)
+        for key, member in teachers_of(recipe).items()
+    ]
+    if not isinstance(recipe.teacher, MixtureTeacher):
+        return engines[0]
+    members = recipe.teacher.members
+    weights = [member.weight for member in members]
+    return MixtureEngine(engines, weights, lambda source: [member.weight_for(source) for member in members])
+
+
+def teachers_of(recipe: Recipe) -> Mapping[str, Member]:
+    """The models that teach, each under its key in the recipe; one that teaches alone is its only member."""
+    match recipe.teacher:
+        case LocalTeacher(model=model):
+            return {"teacher.model": Member(model=model)}
+        case MixtureTeacher(members=members):
+            return {f"teacher.members[{number}].model": member for number, member in enumerate(members)}
+    raise ValueError("teacher.kind=run has no model of its own: settle the recipe first, when its assistant is trained")
+
+
+def check_sources(recipe: Recipe, sources: Iterable[str]) -> None:
+    """Raises RecipeError naming a source of documents on which no member of the teacher has a say."""
+    if isinstance(recipe.teacher, MixtureTeacher):
+        for source in sources:
+            shares_of([member.weight_for(source) for member in recipe.teacher.members], source)
 
 
 def build_engine(model: str, dtype: str, device: Any, key: str) -> LocalEngine:
@@ -110,8 +153,8 @@ def build_trainable(recipe: Recipe, student: Any) -> TrainableCausal:
     return TrainableCausal(student.train(), recipe.training.precision)
 
 
-def compile_blocks(recipe: Recipe, steps: int, student: Any, teacher: Any | None) -> None:
-    """Compile the blocks of student and teacher where the recipe says so, or where a training is long enough to pay.
+def compile_blocks(recipe: Recipe, steps: int, student: Any, teachers: Sequence[Any]) -> None:
+    """Compile the blocks of student and teachers where the recipe says so, or where a training is long enough to pay.
 
     All blocks of a model share one compiled function. Raises RecipeError where it is asked for and cannot be done.
     """
@@ -123,8 +166,8 @@ def compile_blocks(recipe: Recipe, steps: int, student: Any, teacher: Any | None
     # Past this limit torch falls back to uncompiled code, silently; packed and unpacked batches, training and
     # validation, and each type of block are one variant each.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for model in (student, teacher):
-        for block in find_blocks(model)[1] if model is not None else ():
+    for model in (student, *teachers):
+        for block in find_blocks(model)[1]:
             block.compile(dynamic=False)
 
 
@@ -144,10 +187,9 @@ def _worth_compiling(recipe: Recipe, steps: int, student: Any) -> bool:
 def check_losses(recipe: Recipe) -> None:
     """Raises RecipeError where a loss needs what the teacher cannot offer."""
     offers = LocalEngine.offers
-    needs = {ForwardKL: Offer.LOGITS, ReverseKL: Offer.LOGITS, HiddenMSE: Offer.HIDDEN, HiddenCosine: Offer.HIDDEN}
     for index, term in enumerate(recipe.losses):
-        need = needs.get(type(term))
-        if need is not None and need not in offers:
+        need = term.needs and Offer(term.needs)
+        if need and need not in offers:
             raise RecipeError(
                 f"losses[{index}].kind={term.kind} needs {need.name}, but teacher.kind={recipe.teacher.kind} offers "
                 f"{', '.join(sorted(offer.name for offer in offers))}. Remove this loss, or use another teacher."
@@ -164,16 +206,16 @@ def build_objective(terms: Sequence[LossTerm], vocabulary: int, student: Any, te
 
     Raises RecipeError where a layer map names a layer that a model does not have.
     """
-    head = [_head_term(term) for term in terms if isinstance(term, ForwardKL | ReverseKL | CrossEntropy)]
+    head = [_head_term(term) for term in terms if isinstance(term, VocabularyTerm)]
     losses: list[HeadLoss | HiddenLoss] = [HeadLoss(head, vocabulary)] if head else []
     configs = student.get_text_config(), teacher.get_text_config()
     widths = (configs[0].hidden_size, configs[1].hidden_size)
     depths = (configs[0].num_hidden_layers, configs[1].num_hidden_layers)
     for index, term in enumerate(terms):
-        if isinstance(term, HiddenMSE | HiddenCosine):
+        if not isinstance(term, VocabularyTerm):
             layers = _layer_map(term, depths, f"losses[{index}].layers")
-            losses.append(HiddenLoss(term.kind, layers, widths, term.weight))
-    return Objective(losses)
+            losses.append(HiddenLoss(term.kind, layers, widths, _fixed(term.weight)))
+    return Objective(losses, {term.kind: schedule for term in terms if (schedule := _schedule_of(term))})
 
 
 def build_examiner(vocabulary: int) -> Objective:
@@ -214,10 +256,26 @@ def count_steps(recipe: Recipe, rows: int) -> int:
     return max(1, math.ceil((training.epochs or 1.0) * rows / training.batch_rows))
 
 
-def _head_term(term: ForwardKL | ReverseKL | CrossEntropy) -> HeadTerm:
-    if isinstance(term, CrossEntropy):
-        return HeadTerm("cross_entropy", term.weight)
-    return HeadTerm(term.kind, term.weight, term.temperature, term.times_temperature_squared)
+def _head_term(term: VocabularyTerm) -> HeadTerm:
+    weight = _fixed(term.weight)
+    if not isinstance(term, SoftTerm):
+        return HeadTerm(term.kind, weight, settings=term.settings)
+    squared = term.times_temperature_squared
+    return HeadTerm(term.kind, weight, _fixed(term.temperature), squared, term.settings)
+
+
+def _fixed(number: float | LinearRamp | CosineRamp | ConstantRamp) -> float:
+    """The number itself; 1 where it moves, since the schedule brings the rest."""
+    if isinstance(number, ConstantRamp):
+        return number.value
+    return number if isinstance(number, float) else 1.0
+
+
+def _schedule_of(term: LossTerm) -> Schedule | None:
+    """What moves in this term, None if nothing does."""
+    numbers = (term.weight, term.temperature if isinstance(term, SoftTerm) else 1.0)
+    ramps = [Ramp(n.start, n.end, n.kind) if isinstance(n, LinearRamp | CosineRamp) else None for n in numbers]
+    return Schedule(*ramps) if any(ramps) else None
 
 
 def _layer_map(term: HiddenMSE | HiddenCosine, depths: tuple[int, int], key: str) -> Mapping[int, int]:

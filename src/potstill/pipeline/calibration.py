@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from potstill.engines import LocalEngine, TrainableCausal, pick_device
+from potstill.engines import TeacherEngine, TrainableCausal, models_of, pick_device
 from potstill.losses import Objective
 from potstill.pipeline import build
+from potstill.pipeline.survey import Survey
 from potstill.recipes import Recipe
-from potstill.types import Batch, Lesson, Signal, Wants
+from potstill.types import Batch, Lesson, Reader, Signal, Wants
 
 __all__ = ["Pace", "measure_pace"]
 
@@ -32,14 +33,13 @@ class Pace:
     evaluation: float
 
 
-def measure_pace(recipe: Recipe, vocabulary: int, steps: int) -> Pace:
+def measure_pace(recipe: Recipe, teacher: TeacherEngine, survey: Survey, *, vocabulary: int, steps: int) -> Pace:
     """Time one step of every arm of a training of `steps` after a warm-up, and one reading by teacher and student."""
-    teacher = build.build_teacher(recipe)
     device = pick_device(recipe.training.device, "training.device")
     student = build.build_stand_in(recipe, teacher.model).float().to(device)
-    build.compile_blocks(recipe, steps, student, teacher.model)
+    build.compile_blocks(recipe, steps, student, models_of(teacher))
     trainable = build.build_trainable(recipe, student)
-    batch = _random_batch(recipe, vocabulary).to(device)
+    batch = _random_batch(recipe, vocabulary, min(survey.sources)).to(device)
     arms = ["student", "control"] if recipe.control.enabled else ["student"]
     training = {}
     for arm in arms:
@@ -54,7 +54,7 @@ def measure_pace(recipe: Recipe, vocabulary: int, steps: int) -> Pace:
     return Pace(training, 2 * reading["teacher"] + (1 + len(arms)) * reading["student"])
 
 
-def _step(trainable: TrainableCausal, objective: Objective, batch: Batch, teacher: LocalEngine) -> None:
+def _step(trainable: TrainableCausal, objective: Objective, batch: Batch, teacher: Reader) -> None:
     said = teacher.read(batch, build.wants_of(objective)) if objective.needs else Signal()
     lesson = Lesson(batch, said.to(batch.ids_BT.device))
     share, _ = objective(trainable(batch, objective.layers()[0]), lesson, objective.counts([batch]))
@@ -82,7 +82,7 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _random_batch(recipe: Recipe, vocabulary: int) -> Batch:
+def _random_batch(recipe: Recipe, vocabulary: int, source: str) -> Batch:
     shape = (min(MOST_ROWS, recipe.training.rows_at_once), recipe.data.sequence_length)
     ids_BT = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
-    return Batch(ids_BT, ids_BT.roll(-1, 1), torch.ones_like(ids_BT))
+    return Batch(ids_BT, ids_BT.roll(-1, 1), torch.ones_like(ids_BT), sources=((source,),) * shape[0])

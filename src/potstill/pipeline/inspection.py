@@ -6,7 +6,7 @@ that differ, devices and packages that are missing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from potstill.engines import load_tokenizer, pick_device
 from potstill.engines.local import load_config
 from potstill.errors import RecipeError
 from potstill.pipeline import build
+from potstill.pipeline.chain import blaming, load_chain
 from potstill.pipeline.layers import count_layers
 from potstill.pipeline.metrics import check_trackers
 from potstill.pipeline.places import resolve_data, resolve_model, source_bytes
@@ -23,10 +24,13 @@ from potstill.recipes import Recipe
 from potstill.recipes.schema import FreshStudent, LayersStudent, PretrainedStudent
 from potstill.signals import shared_vocabulary
 
-__all__ = ["Inspection", "count_parameters", "inspect_recipe", "stage_bytes"]
+__all__ = ["SPEED_TOKENS", "Inspection", "count_parameters", "inspect_recipe", "stage_bytes"]
 
 PREPARED_BYTES = 7
 """Disk per byte of text while it is packed: 20 bytes a token (three int32 and the spool), 3 characters a token."""
+
+SPEED_TOKENS = 16
+"""New tokens a prompt when decode speed is measured: enough for a rate, few enough not to be waited for."""
 
 SMALL_BYTES = 64 * 2**20
 """What a stage that writes no weights may need: pages, measurements, logs."""
@@ -34,17 +38,18 @@ SMALL_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """The parts of a run without weights. `teacher` and `student` are models on the meta device."""
+    """The parts of a run without weights. Models are on the meta device; of several teachers the first one leads."""
 
-    teacher: Any
+    teachers: tuple[Any, ...]
     student: Any
     tokenizer: Any
+    student_tokenizer: Any
     vocabulary: int
 
     @property
     def teacher_parameters(self) -> int:
-        """Weights of the teacher, tied ones once."""
-        return count_parameters(self.teacher)
+        """Weights of all teachers, tied ones once."""
+        return sum(map(count_parameters, self.teachers))
 
     @property
     def student_parameters(self) -> int:
@@ -55,22 +60,23 @@ class Inspection:
 def inspect_recipe(recipe: Recipe) -> Inspection:
     """Look at configs and tokenizers, and check that the recipe can be run. Fetches samples and configs, no weights.
 
-    Raises RecipeError, ModelError, VocabularyMismatch, SampleError or MissingExtra naming the recipe's key.
+    An assistant that is not trained yet is known by its own recipe. Raises RecipeError, ModelError, VocabularyMismatch,
+    SampleError or MissingExtra naming the recipe's key.
     """
     build.check_losses(recipe)
     check_trackers(recipe.training.trackers)
     pick_device(recipe.teacher.device, "teacher.device")
     pick_device(recipe.training.device, "training.device")
-    model = resolve_model(recipe.teacher.model, "teacher.model")
-    teacher = build.blank_model(load_config(model, "teacher.model"), "teacher.model")
-    tokenizer = load_tokenizer(model, "teacher.model")
-    _check_length(recipe, teacher.config, "teacher")
-    student = _blank_student(recipe, teacher)
+    teachers, tokenizer = _blank_teachers(recipe)
+    for teacher in teachers:
+        _check_length(recipe, teacher.config, "teacher")
+    student = _blank_student(recipe, teachers[0])
     _check_length(recipe, student.config, "student")
-    vocabulary = shared_vocabulary(tokenizer, _student_tokenizer(recipe, tokenizer))
+    student_tokenizer = _student_tokenizer(recipe, tokenizer)
+    vocabulary = shared_vocabulary(tokenizer, student_tokenizer)
     with init_empty_weights():
-        build.build_objective(recipe.losses, vocabulary, student.config, teacher.config)
-    return Inspection(teacher, student, tokenizer, vocabulary)
+        build.build_objective(recipe.losses, vocabulary, student.config, teachers[0].config)
+    return Inspection(teachers, student, tokenizer, student_tokenizer, vocabulary)
 
 
 def count_parameters(model: Any) -> int:
@@ -93,6 +99,36 @@ def stage_bytes(recipe: Recipe, found: Inspection) -> Mapping[str, int]:
     }
 
 
+def _blank_teachers(recipe: Recipe) -> tuple[tuple[Any, ...], Any]:
+    """The models that teach, without weights, and the tokenizer of the first."""
+    for assistant in load_chain(recipe)[:1]:
+        with blaming(assistant):
+            found = inspect_recipe(assistant)
+        return (found.student,), found.student_tokenizer
+    places = {key: resolve_model(member.model, key) for key, member in build.teachers_of(recipe).items()}
+    models = tuple(build.blank_model(load_config(place, key), key) for key, place in places.items())
+    tokenizers = {key: load_tokenizer(place, key) for key, place in places.items()}
+    first, *others = tokenizers
+    for key in others:
+        shared_vocabulary(tokenizers[first], tokenizers[key], key)
+    _check_writing(recipe, [model.config for model in models])
+    return models, tokenizers[first]
+
+
+def _check_writing(recipe: Recipe, configs: Sequence[Any]) -> None:
+    """Refuse a member with fewer positions than samples may take: prompts are cut to the first member's."""
+    settings = recipe.evaluation
+    needed = max(recipe.data.sequence_length, settings.sample_tokens) + max(settings.sample_tokens, SPEED_TOKENS)
+    first, *others = [_longest(config) for config in configs]
+    for number, longest in enumerate(others, start=1):
+        if settings.sample_prompts and longest and longest < min(needed, first or needed):
+            raise RecipeError(
+                f"teacher.members[{number}].model: has {longest} positions, but a prompt of the evaluation with its "
+                f"continuation may take {min(needed, first or needed)}. Lower data.sequence_length or "
+                "evaluation.sample_tokens."
+            )
+
+
 def _blank_student(recipe: Recipe, teacher: Any) -> Any:
     if isinstance(recipe.student, LayersStudent):
         count_layers(recipe.student, teacher.config.get_text_config().num_hidden_layers)
@@ -112,10 +148,15 @@ def _student_tokenizer(recipe: Recipe, tokenizer: Any) -> Any:
 
 
 def _check_length(recipe: Recipe, config: Any, role: str) -> None:
-    text = config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    longest = _longest(config)
     if longest and recipe.data.sequence_length > longest:
         raise RecipeError(
             f"data.sequence_length: {recipe.data.sequence_length} exceeds the {role}'s {longest} positions. "
             f"Use at most {longest}."
         )
+
+
+def _longest(config: Any) -> int | None:
+    """Positions that a model was made for; None where it does not say."""
+    text = config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)

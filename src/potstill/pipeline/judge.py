@@ -13,25 +13,23 @@ from typing import Any
 import torch
 
 from potstill.data import PackedRows
-from potstill.engines import LocalEngine, find_folder, pick_device
+from potstill.engines import TeacherEngine, find_folder, models_of, pick_device
 from potstill.evaluation import DocumentScores, compare_arms, folder_bytes, measure_speed, score_arm
 from potstill.losses import position_scores
 from potstill.pipeline import build
 from potstill.pipeline.arms import read_lessons
 from potstill.pipeline.disk import read_json, write_json_atomic
-from potstill.pipeline.inspection import count_parameters
+from potstill.pipeline.inspection import SPEED_TOKENS, count_parameters
 from potstill.pipeline.memory import peak_memory_bytes, release_memory, reset_peak_memory, resident_memory_bytes
+from potstill.pipeline.places import resolve_model
 from potstill.pipeline.progress import Meter, metered
 from potstill.pipeline.prompts import Prompt, make_prompts
 from potstill.pipeline.rundir import Stage
 from potstill.pipeline.stages import HELD_OUT
 from potstill.recipes import Recipe
-from potstill.types import Lesson, Measurement, Sampling
+from potstill.types import Head, Lesson, Measurement, Mixture, Sampling, States, TeacherLogits
 
 __all__ = ["evaluate"]
-
-SPEED_TOKENS = 16
-"""New tokens a prompt when decode speed is measured: enough for a rate, few enough not to be waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +52,19 @@ class _Answers:
 
 
 def evaluate(recipe: Recipe, stage: Stage, prepared: Path, arms: Mapping[str, Path]) -> None:
-    """Score, time and sample every arm. `arms` are model folders: teacher first, then untrained, control, student."""
+    """Score, time and sample the teacher, then every arm of `arms`: model folders of untrained, control, student."""
     rows = PackedRows(prepared / "test")
     count = min(len(rows), recipe.evaluation.max_rows or len(rows))
     questions: _Questions | None = None
     answers: dict[str, _Answers] = {}
     costs: list[Measurement] = []
-    with metered("evaluate", len(arms) * count, "rows") as meter:
-        for arm, folder in arms.items():
-            engine = _load_arm(recipe, arm, folder)
+    models = {"teacher": _teacher_models(recipe), **{arm: [str(folder)] for arm, folder in arms.items()}}
+    with metered("evaluate", len(models) * count, "rows") as meter:
+        for arm, places in models.items():
+            engine = _load_arm(recipe, arm, places[0])
             questions = questions or _ask_teacher(recipe, engine, rows, prepared)
             answers[arm] = _answer(recipe, engine, questions, meter)
-            costs += _sizes(arm, answers[arm].parameters, folder)
+            costs += _sizes(arm, answers[arm].parameters, places)
             timed = recipe.evaluation.speed and bool(questions.texts)
             device = engine.model.device
             speed, peak_bytes = _time_arm(stage, arm, engine, questions) if timed else ([], 0)
@@ -81,15 +80,20 @@ def evaluate(recipe: Recipe, stage: Stage, prepared: Path, arms: Mapping[str, Pa
     stage.finish(rows=count, documents=len(scores["teacher"].documents))
 
 
-def _load_arm(recipe: Recipe, arm: str, folder: Path) -> LocalEngine:
+def _teacher_models(recipe: Recipe) -> list[str]:
+    """Folders or hub ids of all models that teach."""
+    return [resolve_model(member.model, key) for key, member in build.teachers_of(recipe).items()]
+
+
+def _load_arm(recipe: Recipe, arm: str, model: str) -> TeacherEngine:
     """The teacher as it taught; other arms in the precision of their training, and on its device: speeds compare."""
     if arm == "teacher":
         return build.build_teacher(recipe)
     device = pick_device(recipe.teacher.device, "teacher.device")
-    return build.build_engine(str(folder), recipe.training.precision, device, f"evaluate ({arm})")
+    return build.build_engine(model, recipe.training.precision, device, f"evaluate ({arm})")
 
 
-def _ask_teacher(recipe: Recipe, teacher: LocalEngine, rows: PackedRows, prepared: Path) -> _Questions:
+def _ask_teacher(recipe: Recipe, teacher: TeacherEngine, rows: PackedRows, prepared: Path) -> _Questions:
     settings = recipe.evaluation
     lessons = list(read_lessons(teacher, rows, settings.max_rows, at_once=settings.batch_rows))
     documents: Any = read_json(prepared / HELD_OUT)
@@ -104,15 +108,25 @@ def _ask_teacher(recipe: Recipe, teacher: LocalEngine, rows: PackedRows, prepare
 
 
 def _with_own_head(lessons: list[Lesson]) -> list[Lesson]:
-    """The lessons with a copy of the head, so that they do not keep the teacher's embeddings alive."""
-    head = lessons[0].signal.head
-    copy = head and replace(
-        head, weight_VD=head.weight_VD.clone(), bias_V=None if head.bias_V is None else head.bias_V.clone()
-    )
-    return [replace(lesson, signal=replace(lesson.signal, head=copy)) for lesson in lessons]
+    """The lessons with one copy of every head, so that they do not keep the teacher's embeddings alive."""
+    copies: dict[int, Head] = {}
+
+    def own(states: States) -> States:
+        head, key = states.head, states.head.weight_VD.data_ptr()
+        if key not in copies:
+            bias_V = None if head.bias_V is None else head.bias_V.clone()
+            copies[key] = replace(head, weight_VD=head.weight_VD.clone(), bias_V=bias_V)
+        return replace(states, head=copies[key])
+
+    def with_own(logits: TeacherLogits | None) -> TeacherLogits | None:
+        if isinstance(logits, Mixture):
+            return replace(logits, members=tuple(map(own, logits.members)))
+        return own(logits) if isinstance(logits, States) else logits
+
+    return [replace(lesson, signal=replace(lesson.signal, logits=with_own(lesson.signal.logits))) for lesson in lessons]
 
 
-def _answer(recipe: Recipe, engine: LocalEngine, questions: _Questions, meter: Meter) -> _Answers:
+def _answer(recipe: Recipe, engine: TeacherEngine, questions: _Questions, meter: Meter) -> _Answers:
     def lessons() -> Iterator[Lesson]:
         for lesson in questions.lessons:
             yield lesson
@@ -120,7 +134,7 @@ def _answer(recipe: Recipe, engine: LocalEngine, questions: _Questions, meter: M
 
     scores = score_arm(engine, lessons(), position_scores)
     completions = engine.generate(questions.texts, Sampling(max_new_tokens=recipe.evaluation.sample_tokens))
-    return _Answers(scores, completions, count_parameters(engine.model))
+    return _Answers(scores, completions, sum(map(count_parameters, models_of(engine))))
 
 
 def _samples(prompts: Sequence[Prompt], answers: Mapping[str, _Answers]) -> list[dict[str, Any]]:
@@ -130,10 +144,11 @@ def _samples(prompts: Sequence[Prompt], answers: Mapping[str, _Answers]) -> list
     ]
 
 
-def _sizes(arm: str, parameters: int, folder: Path) -> list[Measurement]:
+def _sizes(arm: str, parameters: int, models: Sequence[str]) -> list[Measurement]:
     found = [_measured(arm, "parameters", parameters, "")]
-    place = find_folder(str(folder))  # the teacher's may be a hub id
-    return [*found, _measured(arm, "folder_bytes", folder_bytes(place), "bytes")] if place else found
+    places = [find_folder(model) for model in models]  # a teacher's may be a hub id
+    sizes = [folder_bytes(place) for place in places if place]
+    return [*found, _measured(arm, "folder_bytes", sum(sizes), "bytes")] if len(sizes) == len(places) else found
 
 
 def _measured(arm: str, name: str, value: float, unit: str) -> Measurement:
@@ -141,7 +156,7 @@ def _measured(arm: str, name: str, value: float, unit: str) -> Measurement:
 
 
 @torch.inference_mode()
-def _time_arm(stage: Stage, arm: str, engine: LocalEngine, questions: _Questions) -> tuple[list[Measurement], int]:
+def _time_arm(stage: Stage, arm: str, engine: TeacherEngine, questions: _Questions) -> tuple[list[Measurement], int]:
     """Speed, and the largest memory in use meanwhile in bytes, 0 where that cannot be known."""
     stage.keep_peak()
     device = engine.model.device

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from potstill.data import PackedRows
-from potstill.engines import LocalEngine, read_causal
+from potstill.engines import TeacherEngine, read_causal
 from potstill.errors import RecipeError
 from potstill.losses import HeadTerm, distillation_loss
-from potstill.losses.arithmetic import Arithmetic
 from potstill.pipeline.progress import metered
 from potstill.recipes.schema import LayersStudent
 from potstill.students import LayerChoice, check_layers, choose_greedily, even_layers
-from potstill.types import Wants
+from potstill.types import Mixture, States, TeacherLogits, Wants
 
 __all__ = ["choose_layers", "count_layers"]
 
@@ -32,7 +33,7 @@ def count_layers(spec: LayersStudent, depth: int) -> int:
     return count
 
 
-def choose_layers(spec: LayersStudent, teacher: LocalEngine, rows: PackedRows) -> LayerChoice:
+def choose_layers(spec: LayersStudent, teacher: TeacherEngine, rows: PackedRows) -> LayerChoice:
     """The layers to keep: those listed, evenly spaced ones, or the result of the greedy search on held-out `rows`."""
     depth = teacher.model.config.get_text_config().num_hidden_layers
     count = count_layers(spec, depth)
@@ -42,23 +43,19 @@ def choose_layers(spec: LayersStudent, teacher: LocalEngine, rows: PackedRows) -
 
 
 @torch.inference_mode()
-def _search(spec: LayersStudent, teacher: LocalEngine, rows: PackedRows, count: int) -> LayerChoice:
+def _search(spec: LayersStudent, teacher: TeacherEngine, rows: PackedRows, count: int) -> LayerChoice:
     batch = rows.batch(range(min(spec.search.rows, len(rows)))).to(teacher.model.device)
     supervised_M = batch.supervised_BT.flatten().nonzero().squeeze(-1)
     stride = max(1, len(supervised_M) // JUDGED_POSITIONS)
-    said = teacher.read(batch, Wants(final=True))
-    if said.final_ND is None or said.head is None:
-        raise ValueError("the greedy search needs the teacher's final hidden states and head")
-    judged_M, teacher_ND = supervised_M[::stride], said.final_ND[::stride]
-    targets_N = batch.targets_N[::stride]
-    head = Arithmetic.of(teacher_ND).widen_head(said.head)  # once, not for every candidate
+    judge = _thin(teacher.read(batch, Wants(final=True)).logits, stride)
+    head = (judge if isinstance(judge, States) else judge.members[0]).head  # its blocks are those that are cut
+    judged_M = supervised_M[::stride]
 
     def run() -> Tensor:
         return read_causal(teacher.model, batch)[0].flatten(0, 1)
 
     def distance(final_MD: Tensor) -> float:
-        terms = [HeadTerm("forward_kl")]
-        loss = distillation_loss(final_MD[judged_M], head, targets_N, terms, teacher_ND=teacher_ND, teacher_head=head)
+        loss = distillation_loss(States(final_MD[judged_M], head), None, [HeadTerm("forward_kl")], teacher=judge)
         return float(loss.total) / loss.count
 
     depth = teacher.model.config.get_text_config().num_hidden_layers
@@ -72,3 +69,13 @@ def _search(spec: LayersStudent, teacher: LocalEngine, rows: PackedRows, count: 
             seconds=60 * spec.search.minutes,
             progress=lambda _, value: meter.advance(1, "" if value is None else f"KL {value:.2f}"),
         )
+
+
+def _thin(said: TeacherLogits | None, stride: int) -> States | Mixture:
+    """Every stride-th row of what the teacher said."""
+    if isinstance(said, Mixture):
+        members = tuple(replace(member, rows_ND=member.rows_ND[::stride]) for member in said.members)
+        return Mixture(members, said.weights_NM[::stride])
+    if not isinstance(said, States):
+        raise ValueError("the greedy search needs the teacher's final hidden states and head")
+    return replace(said, rows_ND=said.rows_ND[::stride])

@@ -17,9 +17,12 @@ from potstill.errors import ModelError, RecipeError
 from potstill.pipeline.disk import sync_tree
 from potstill.recipes import fingerprint
 
-__all__ = ["identify", "resolve_data", "resolve_model", "source_bytes"]
+__all__ = ["STUDENT", "identify", "resolve_data", "resolve_model", "source_bytes"]
 
 SAMPLE = "sample:"
+
+STUDENT = "student"
+"""Folder name of a model within a stage."""
 
 
 def resolve_model(model: str, key: str) -> str:

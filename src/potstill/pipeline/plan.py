@@ -12,15 +12,19 @@ from rich.console import Console
 from rich.table import Table
 
 from potstill.data import encode_examples
+from potstill.engines import LocalEngine, TeacherEngine, pick_device
+from potstill.engines.local import DTYPES
 from potstill.pipeline import build
 from potstill.pipeline.calibration import Pace, measure_pace
+from potstill.pipeline.chain import blaming, load_chain, settle
 from potstill.pipeline.disk import check_disk, check_writable, folder_bytes
 from potstill.pipeline.inspection import Inspection, inspect_recipe, stage_bytes
-from potstill.pipeline.run import explain_run
+from potstill.pipeline.run import explain_run, is_trained
 from potstill.pipeline.rundir import check_unlocked
 from potstill.pipeline.survey import Survey, survey_data
 from potstill.recipes import Recipe
-from potstill.recipes.schema import CrossEntropy, LayersStudent
+from potstill.recipes.schema import LayersStudent, MixtureTeacher
+from potstill.students import fresh_model
 
 __all__ = ["Estimate", "estimate_run", "print_plan"]
 
@@ -56,17 +60,25 @@ class Estimate:
 def print_plan(recipe: Recipe, *, measure: bool) -> None:
     """Print what will run and what it will take; with `measure`, time comes from short steps on this machine.
 
-    Raises what the run itself would raise for this recipe and machine before it loads a model.
+    The assistants that the run would begin with come first. Raises what the run itself would raise for this recipe and
+    machine before it loads a model.
     """
+    for assistant in load_chain(recipe)[:1]:
+        with blaming(assistant):
+            print_plan(assistant, measure=measure)
     check_writable(recipe.folder)
     check_unlocked(recipe.folder)
     found = inspect_recipe(recipe)
     survey = survey_data(recipe, SURVEYED_DOCUMENTS)
+    build.check_sources(recipe, survey.sources)
     estimate = estimate_run(recipe, found, survey)
     statuses = explain_run(recipe)
     if any(status.state != "done" for status in statuses):
         check_disk(recipe.folder, estimate.disk_bytes - folder_bytes(recipe.folder), "this run")
-    pace = measure_pace(recipe, found.vocabulary, estimate.steps) if measure else None
+    pace = None
+    if measure:
+        teacher = _timed_teacher(recipe, found)
+        pace = measure_pace(recipe, teacher, survey, vocabulary=found.vocabulary, steps=estimate.steps)
     stages = Table("stage", "state", "why", title=f"{recipe.name}: {recipe.folder}", title_justify="left")
     for status in statuses:
         stages.add_row(status.stage, status.state, status.why)
@@ -78,6 +90,15 @@ def print_plan(recipe: Recipe, *, measure: bool) -> None:
     console.print(costs)
 
 
+def _timed_teacher(recipe: Recipe, found: Inspection) -> TeacherEngine:
+    """The teacher; for an assistant who is not trained yet, a random model of its size, which is as fast."""
+    if all(map(is_trained, load_chain(recipe)[:1])):
+        return build.build_teacher(settle(recipe))
+    device = pick_device(recipe.teacher.device, "teacher.device")
+    model = fresh_model(found.teachers[0].config, {}, recipe.seed)
+    return LocalEngine(model.to(device, DTYPES[recipe.teacher.dtype]), found.tokenizer)
+
+
 def estimate_run(recipe: Recipe, found: Inspection, survey: Survey) -> Estimate:
     """Sizes from the configs, tokens from some of the documents."""
     lengths = [len(encoded.ids) for encoded in encode_examples(survey.sampled, found.tokenizer)]
@@ -85,7 +106,7 @@ def estimate_run(recipe: Recipe, found: Inspection, survey: Survey) -> Estimate:
     train_rows = max(1, round(mean * survey.documents["train"] / recipe.data.sequence_length))
     steps = build.count_steps(recipe, train_rows)
     train_tokens = steps * recipe.training.batch_rows * recipe.data.sequence_length
-    online = any(not isinstance(term, CrossEntropy) for term in recipe.losses)
+    online = any(term.needs for term in recipe.losses)
     arms = 2 if recipe.control.enabled else 1
     per_token = arms * TRAIN * found.student_parameters + (FORWARD * found.teacher_parameters if online else 0)
     needed = stage_bytes(recipe, found)
@@ -117,7 +138,8 @@ def _memory_bytes(recipe: Recipe, found: Inspection) -> int:
 def _size_rows(recipe: Recipe, found: Estimate) -> Iterator[tuple[str, str, str]]:
     share = found.student_parameters / found.teacher_parameters
     least = "" if found.complete else "at least "
-    yield "teacher", f"{found.teacher_parameters / 1e6:,.1f}M parameters, {recipe.teacher.dtype}", "config"
+    teachers = f", {len(teacher.members)} models" if isinstance(teacher := recipe.teacher, MixtureTeacher) else ""
+    yield "teacher", f"{found.teacher_parameters / 1e6:,.1f}M parameters, {teacher.dtype}{teachers}", "config"
     yield "student", f"{found.student_parameters / 1e6:,.1f}M parameters, {share:.0%} of the teacher", "config"
     yield "data", f"{least}{found.data_tokens:,} tokens, {found.train_rows:,} rows to train on", "some documents"
     least = least if recipe.training.epochs else ""

@@ -11,19 +11,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from potstill.errors import Interrupted, RecipeError
+from potstill.errors import Interrupted, RecipeError, RunError
+from potstill.pipeline.chain import blaming, load_chain, settle
 from potstill.pipeline.disk import check_disk, folder_bytes
-from potstill.pipeline.places import identify
+from potstill.pipeline.places import STUDENT, identify
 from potstill.pipeline.rundir import RunDir, Stage, StageStatus, open_run
 from potstill.pipeline.stopping import Stopping
 from potstill.recipes import Recipe, dump_recipe, fingerprint
+from potstill.recipes.schema import MixtureTeacher, PretrainedStudent, RunTeacher
 
-__all__ = ["STAGES", "explain_run", "run_recipe", "stage_fingerprints"]
+__all__ = ["STAGES", "explain_run", "is_trained", "run_recipe", "stage_fingerprints"]
 
 _log = logging.getLogger("potstill")
 
 STAGES = ("prepare", "initialise", "train", "control", "evaluate", "report")
 """All stages in order. `control` is left out where the recipe switches it off."""
+
+ROWS = "rows that know their sources"
+"""Which rows prepare writes: another text here makes those of earlier versions stale."""
 
 FREE_TRAINING_KEYS = {"checkpoint", "trackers"}
 """Settings of the training that change how it is watched and kept, not what comes out of it."""
@@ -31,11 +36,12 @@ FREE_TRAINING_KEYS = {"checkpoint", "trackers"}
 
 def stage_fingerprints(recipe: Recipe) -> dict[str, str]:
     """What decides each stage's result: its part of the recipe, its inputs, and the stages before it."""
-    teacher = [recipe.teacher.model_dump(exclude={"device"}), identify(recipe.teacher.model)]
-    student = [recipe.student, identify(getattr(recipe.student, "model", ""))]
+    tokenizer, teacher = _identify_teacher(recipe)
+    own = recipe.student.model if isinstance(recipe.student, PretrainedStudent) else None
+    student = [recipe.student, own and identify(own)]
     training = recipe.training.model_dump(exclude=FREE_TRAINING_KEYS)
-    data = [recipe.data, identify(recipe.data.source), identify(recipe.teacher.model), recipe.seed]
-    found = {"prepare": fingerprint(["prepare", data])}
+    data = [recipe.data, identify(recipe.data.source), tokenizer, recipe.seed]
+    found = {"prepare": fingerprint(["prepare", ROWS, data])}
     found["initialise"] = fingerprint(["initialise", found["prepare"], student, teacher])
     found["train"] = fingerprint(["train", found["initialise"], training, recipe.losses])
     if recipe.control.enabled:
@@ -51,11 +57,17 @@ def explain_run(recipe: Recipe) -> list[StageStatus]:
     return RunDir(recipe.folder).explain(list(stage_fingerprints(recipe).items()))
 
 
+def is_trained(recipe: Recipe) -> bool:
+    """Whether the student of this recipe's run is there, whole, and what the recipe asks for."""
+    return RunDir(recipe.folder).state("train", stage_fingerprints(recipe)["train"]) == "done"
+
+
 def run_recipe(recipe: Recipe, *, until: str | None = None, stopping: Stopping | None = None) -> Path:
     """Run every stage that is due, up to `until` (default: all). Returns the run folder.
 
-    Raises what is wrong with the recipe before the first stage begins, and Interrupted when `stopping` is asked to
-    while a training runs: after its state is saved, or, where that was its last step, after its stage is finished.
+    A recipe whose teacher is another recipe's student first has that one run, to its end. Raises what is wrong with
+    the recipe before the first stage begins, and Interrupted when `stopping` is asked to while a training runs: after
+    its state is saved, or, where that was its last step, after its stage is finished.
     """
     fingerprints = stage_fingerprints(recipe)
     if until is not None and until not in fingerprints:
@@ -63,15 +75,20 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, stopping: Stopping |
     names = list(fingerprints)
     wanted = names if until is None else names[: names.index(until) + 1]
     with open_run(recipe.folder) as run:
-        due = _report_states(run, [(name, fingerprints[name]) for name in wanted])
+        statuses = run.explain([(name, fingerprints[name]) for name in wanted])
+        due = [status.stage for status in statuses if status.state != "done"]
+        # Before the assistant's run: what is wrong with this recipe should not show hours later.
+        walk = _Walk(recipe, settle(recipe), run.folder, stopping or Stopping(), _stage_bytes(recipe, set(due)))
+        walk.run_assistant()
+        _report_states(statuses)
         if not due:
             _log.info("all done before: nothing to do")
             return recipe.folder
-        walk = _Walk(recipe, run.folder, stopping or Stopping(), _stage_bytes(recipe, set(due)))
         walk.check_room(due[0])
         run.write_recipe(dump_recipe(recipe))
         for position, name in enumerate(due):
             walk.check_room(name)
+            walk.check_assistant()
             with run.stage(name, fingerprints[name], seed=recipe.seed) as stage:
                 walk.work(name, stage)
                 manifest = run.manifest(name)
@@ -82,10 +99,29 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, stopping: Stopping |
 
 @dataclass(frozen=True, slots=True)
 class _Walk:
+    asked: Recipe
     recipe: Recipe
+    """The same, with the assistant's student as the teacher where there is an assistant."""
     folder: Path
     stopping: Stopping
     needed_bytes: Mapping[str, int]
+
+    def run_assistant(self) -> None:
+        """Run the recipe whose student is the teacher, where there is one."""
+        for assistant in load_chain(self.asked)[:1]:
+            _log.info("the teacher is the student of %s, in %s:", assistant.name, assistant.folder)
+            with blaming(assistant):
+                run_recipe(assistant, stopping=self.stopping)
+            _log.info("%s, in %s:", self.asked.name, self.folder)
+
+    def check_assistant(self) -> None:
+        """Refuse a teacher that is not, or no longer, the student that this run's fingerprints speak of."""
+        for assistant in load_chain(self.asked)[:1]:
+            if not is_trained(assistant):
+                raise RunError(
+                    f"teacher.recipe: the student of {assistant.name} in {assistant.folder} was changed meanwhile. Run "
+                    "the same command again: what depends on it is done anew."
+                )
 
     def check_room(self, name: str) -> None:
         """Refuse a stage that the disk has no room for; what lies in its folder is used again, or cleared first."""
@@ -118,7 +154,7 @@ class _Walk:
             case "report":
                 from potstill.pipeline.telling import report
 
-                report(self.recipe, stage, self.folder)
+                report(self.asked, stage, self.folder)
 
     def _train(self, name: str, stage: Stage) -> None:
         from potstill.pipeline.arms import Inputs, train_arm
@@ -129,29 +165,38 @@ class _Walk:
         train_arm(self.recipe, stage, inputs, "student" if name == "train" else "control", stopping=self.stopping)
 
     def _arms(self) -> Mapping[str, Path]:
-        from potstill.pipeline.places import resolve_model
-        from potstill.pipeline.stages import STUDENT
-
-        teacher = Path(resolve_model(self.recipe.teacher.model, "teacher.model"))
-        arms = {"teacher": teacher, "untrained": self.folder / "initialise" / STUDENT}
-        if self.recipe.control.enabled:
-            arms["control"] = self.folder / "control" / STUDENT
-        return arms | {"student": self.folder / "train" / STUDENT}
+        stages = {"untrained": "initialise", "control": "control", "student": "train"}
+        if not self.recipe.control.enabled:
+            del stages["control"]
+        return {arm: self.folder / stage / STUDENT for arm, stage in stages.items()}
 
 
 def _stage_bytes(recipe: Recipe, due: set[str]) -> Mapping[str, int]:
     """Check the recipe as far as possible without weights; then what each stage needs on the disk."""
-    if due == {"report"}:
+    if due <= {"report"}:
         return {}
     from potstill.pipeline.inspection import inspect_recipe, stage_bytes
 
     return stage_bytes(recipe, inspect_recipe(recipe))
 
 
-def _report_states(run: RunDir, stages: Sequence[tuple[str, str]]) -> list[str]:
-    """Say where the stages stand, where there is something to say; return those that are due, in order."""
-    statuses = run.explain(stages)
+def _identify_teacher(recipe: Recipe) -> tuple[object, object]:
+    """What decides the teacher's tokenizer, and what decides the teacher."""
+    teacher = recipe.teacher
+    if isinstance(teacher, RunTeacher):
+        # Not the folder's files: the report adds the model card to them, and another assistant of the same sizes
+        # could hardly be told by them.
+        student = stage_fingerprints(load_chain(recipe)[0])["train"]
+        return student, [teacher.kind, teacher.dtype, student]
+    if isinstance(teacher, MixtureTeacher):
+        # As lists, since the order of patterns counts and that of a mapping's keys does not.
+        members = [[one.weight, list(one.sources.items()), one.model, identify(one.model)] for one in teacher.members]
+        return identify(teacher.members[0].model), [teacher.kind, teacher.dtype, members]
+    return identify(teacher.model), [teacher.model_dump(exclude={"device"}), identify(teacher.model)]
+
+
+def _report_states(statuses: Sequence[StageStatus]) -> None:
+    """Say where the stages stand, where there is something to say."""
     for status in statuses:
         if status.state != "missing":
             _log.info("%s: %s (%s)", status.stage, status.state, status.why)
-    return [status.stage for status in statuses if status.state != "done"]

@@ -13,12 +13,12 @@ import torch
 from pydantic import JsonValue
 
 from potstill.data import Cleaning, PackedRows, encode_examples, write_rows
-from potstill.engines import LocalEngine, load_model, load_tokenizer
+from potstill.engines import TeacherEngine, load_model, load_tokenizer, models_of
 from potstill.pipeline import build
 from potstill.pipeline.disk import write_json_atomic
 from potstill.pipeline.inspection import count_parameters
 from potstill.pipeline.layers import choose_layers
-from potstill.pipeline.places import resolve_model
+from potstill.pipeline.places import STUDENT, resolve_model
 from potstill.pipeline.progress import Meter, metered
 from potstill.pipeline.prompts import dump_examples
 from potstill.pipeline.rundir import Stage
@@ -28,10 +28,7 @@ from potstill.recipes.schema import FreshStudent, LayersStudent
 from potstill.signals import shared_vocabulary
 from potstill.students import cut_layers, fresh_model, save_student
 
-__all__ = ["HELD_OUT", "STUDENT", "initialise", "prepare"]
-
-STUDENT = "student"
-"""Folder name of a model within a stage."""
+__all__ = ["HELD_OUT", "initialise", "prepare"]
 
 HELD_OUT = "held_out.json"
 """Some documents of the test split as they are, for the prompts of the report."""
@@ -41,10 +38,12 @@ Item = TypeVar("Item")
 
 def prepare(recipe: Recipe, stage: Stage) -> None:
     """Turn the user's rows into packed token rows, split by document, and keep some held-out documents to show."""
-    tokenizer = load_tokenizer(resolve_model(recipe.teacher.model, "teacher.model"), "teacher.model")
+    key, first = next(iter(build.teachers_of(recipe).items()))
+    tokenizer = load_tokenizer(resolve_model(first.model, key), key)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     with metered("prepare: read", None, "documents") as meter:
         survey = survey_data(recipe, seen=meter.advance)
+    build.check_sources(recipe, survey.sources)
     write_json_atomic(stage.folder / HELD_OUT, dump_examples(survey.held_out))
     documents: dict[str, JsonValue] = {}
     tokens: dict[str, JsonValue] = {}
@@ -60,19 +59,22 @@ def prepare(recipe: Recipe, stage: Stage) -> None:
 
 def initialise(recipe: Recipe, stage: Stage, prepared: Path) -> None:
     """Make the student's first weights: the same for the student, the control arm and the untrained arm."""
+    for split in SPLITS:  # the recipe may weigh its teachers otherwise than when these were prepared
+        build.check_sources(recipe, PackedRows(prepared / split).sources())
     teacher = build.build_teacher(recipe)
+    teachers = models_of(teacher)
     student, tokenizer, facts = _make_student(recipe, teacher, prepared)
-    heads = [model.get_output_embeddings().weight.shape[0] for model in (teacher.model, student)]
+    heads = [model.get_output_embeddings().weight.shape[0] for model in (*teachers, student)]
     save_student(student, tokenizer, stage.folder / STUDENT)
     stage.finish(
         vocabulary=min(shared_vocabulary(teacher.tokenizer, tokenizer), *heads),
         parameters=count_parameters(student),
-        teacher_parameters=count_parameters(teacher.model),
+        teacher_parameters=sum(map(count_parameters, teachers)),
         **facts,
     )
 
 
-def _make_student(recipe: Recipe, teacher: LocalEngine, prepared: Path) -> tuple[Any, Any, dict[str, JsonValue]]:
+def _make_student(recipe: Recipe, teacher: TeacherEngine, prepared: Path) -> tuple[Any, Any, dict[str, JsonValue]]:
     """The student, its tokenizer, and what is to be told of how it was made."""
     student = recipe.student
     if isinstance(student, LayersStudent):

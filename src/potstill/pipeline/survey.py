@@ -31,12 +31,14 @@ class Survey:
     """What was found. `documents` counts them by split; `held_out` are the first of the test split.
 
     sampled    some documents, evenly spread over those read
+    sources    the names of all the files or data sets that they come from
     complete   False when reading stopped at the limit
     """
 
     documents: Counter[Split]
     held_out: tuple[Example, ...]
     sampled: tuple[Example, ...]
+    sources: frozenset[str]
     cleaning: Cleaning
     complete: bool
 
@@ -50,10 +52,12 @@ def survey_data(recipe: Recipe, limit: int | None = None, seen: Callable[[int], 
     documents: Counter[Split] = Counter()
     held_out: list[Example] = []
     sampled: list[Example] = []
+    sources: set[str] = set()
     every = 1
     for number, example in enumerate(islice(examples, limit)):
         split = _split(recipe, example)
         documents[split] += 1
+        sources.add(example.source)
         if split == "test" and len(held_out) < HELD_OUT_DOCUMENTS:
             held_out.append(example)
         if number % every == 0:
@@ -64,7 +68,7 @@ def survey_data(recipe: Recipe, limit: int | None = None, seen: Callable[[int], 
     complete = next(examples, None) is None
     if complete:
         _check_splits(recipe, documents)
-    return Survey(documents, tuple(held_out), tuple(sampled), cleaning, complete)
+    return Survey(documents, tuple(held_out), tuple(sampled), frozenset(sources), cleaning, complete)
 
 
 def read_split(recipe: Recipe, split: Split) -> Iterator[Example]:

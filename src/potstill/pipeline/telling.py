@@ -13,21 +13,26 @@ from typing import Any
 
 import torch
 
+from potstill.pipeline import build
+from potstill.pipeline.chain import load_chain
 from potstill.pipeline.disk import read_json
 from potstill.pipeline.metrics import read_metrics
+from potstill.pipeline.places import STUDENT
 from potstill.pipeline.run import stage_fingerprints
 from potstill.pipeline.rundir import Manifest, RunDir, Stage
-from potstill.pipeline.stages import STUDENT
 from potstill.recipes import Recipe, dump_recipe
-from potstill.recipes.schema import FreshStudent, LayersStudent
+from potstill.recipes.losses import ConstantRamp, CosineRamp, LinearRamp, LossTerm, SoftTerm, VocabularyTerm
+from potstill.recipes.schema import FreshStudent, LayersStudent, Member, MixtureTeacher
 from potstill.report import CurvePoint, DataFacts, Sample, StageCost, Story, write_card, write_report
 from potstill.types import Measurement
 
-__all__ = ["report", "tell"]
+__all__ = ["name_teacher", "report", "tell"]
 
 ARM_STAGES = {"student": "train", "control": "control"}
 VALIDATION_NAMES = {"validation_forward_kl": "kl_to_teacher", "validation_cross_entropy": "nll"}
 PROGRESS_KEYS = {"step", "tokens", "seconds", "loss", "gradient_norm", "learning_rate"}
+SCHEDULED = ("weight_", "temperature_")
+"""How the names of what moves over a training begin: settings, not losses to be drawn as curves."""
 
 
 def report(recipe: Recipe, stage: Stage, folder: Path) -> None:
@@ -48,10 +53,10 @@ def tell(recipe: Recipe, folder: Path) -> Story:
     return Story(
         title=recipe.report.title or recipe.name,
         description=recipe.description,
-        teacher=recipe.teacher.model,
+        teacher=name_teacher(recipe),
         student=_student_name(recipe, manifests["initialise"].facts),
         student_origin=_origin(recipe, manifests["initialise"].facts),
-        objective=" + ".join(_term(term.model_dump()) for term in recipe.losses),
+        objective=" + ".join(_term(term) for term in recipe.losses),
         recipe=dump_recipe(recipe),
         has_control=recipe.control.enabled,
         measurements=tuple(Measurement(**row) for row in measurements),
@@ -61,9 +66,39 @@ def tell(recipe: Recipe, folder: Path) -> Story:
         data=_data(recipe, manifests["prepare"].facts, manifests["prepare"].fingerprint),
         versions=manifests["evaluate"].versions,
         machine=_machine(),
-        notes=_notes(manifests["prepare"].facts, manifests["initialise"].facts),
-        base_model=recipe.teacher.model if re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.teacher.model) else None,
+        notes=(*_teacher_notes(recipe), *_notes(manifests["prepare"].facts, manifests["initialise"].facts)),
+        base_model=_base_model(recipe),
     )
+
+
+def name_teacher(recipe: Recipe) -> str:
+    """The teacher in words: a model, the student of a run and whose student that is, or models with their weights."""
+    for assistant in load_chain(recipe)[:1]:
+        return f"assistant {assistant.name}, itself distilled from {name_teacher(assistant)}"
+    members = list(build.teachers_of(recipe).values())
+    return members[0].model if len(members) == 1 else f"the mean of {' and '.join(map(_name_member, members))}"
+
+
+def _name_member(member: Member) -> str:
+    elsewhere = "".join(f", {weight:g} on {pattern}" for pattern, weight in member.sources.items())
+    return f"{member.model} (weight {member.weight:g}{elsewhere})"
+
+
+def _teacher_notes(recipe: Recipe) -> tuple[str, ...]:
+    notes = [
+        f"what the student kept is measured against the assistant {assistant.name}, not against the assistant's teacher"
+        for assistant in load_chain(recipe)[:1]
+    ]
+    if isinstance(recipe.teacher, MixtureTeacher) and any(member.sources for member in recipe.teacher.members):
+        notes.append("the teacher's samples are written with its members' plain weights: a prompt has no source")
+    return tuple(notes)
+
+
+def _base_model(recipe: Recipe) -> str | None:
+    """The hub id of the first teacher of all, where it has one."""
+    members = build.teachers_of((recipe, *load_chain(recipe))[-1])
+    model = next(iter(members.values())).model
+    return model if re.fullmatch(r"[\w.-]+/[\w.-]+", model) else None
 
 
 def _starts(manifest: Manifest) -> str:
@@ -91,17 +126,26 @@ def _origin(recipe: Recipe, facts: dict[str, Any]) -> str:
     return f"Pretrained: {recipe.student.model}."
 
 
-def _term(term: dict[str, Any]) -> str:
-    weight = "" if term["weight"] == 1.0 else f"{term['weight']:g} "
-    if "temperature" not in term:
-        return f"{weight}{term['kind']}"
-    squared = ", times T^2" if term["times_temperature_squared"] and term["temperature"] != 1.0 else ""
-    return f"{weight}{term['kind']} (T = {term['temperature']:g}{squared})"
+def _term(term: LossTerm) -> str:
+    weight = "" if term.weight == 1.0 else f"{_number(term.weight)} "
+    settings = term.settings if isinstance(term, VocabularyTerm) else {}
+    details = [f"{name} = {value:g}" for name, value in settings.items() if value or name != "label_smoothing"]
+    if isinstance(term, SoftTerm):
+        squared = ", times T^2" if term.times_temperature_squared and term.temperature != 1.0 else ""
+        details.append(f"T = {_number(term.temperature)}{squared}")
+    return f"{weight}{term.kind}" + (f" ({', '.join(details)})" if details else "")
+
+
+def _number(number: float | LinearRamp | CosineRamp | ConstantRamp) -> str:
+    if isinstance(number, float):
+        return f"{number:g}"
+    return " to ".join(f"{end:g}" for end in number.ends.values())
 
 
 def _point(line: dict[str, Any]) -> CurvePoint:
     validation = {VALIDATION_NAMES[key]: value for key, value in line.items() if key in VALIDATION_NAMES}
-    terms = {key: value for key, value in line.items() if key not in PROGRESS_KEYS and key not in VALIDATION_NAMES}
+    known = PROGRESS_KEYS | VALIDATION_NAMES.keys()
+    terms = {key: value for key, value in line.items() if key not in known and not key.startswith(SCHEDULED)}
     return CurvePoint(line["step"], line["tokens"], line["seconds"], line["loss"], terms, validation)
 
 

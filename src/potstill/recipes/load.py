@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,14 +41,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     `overrides` are `KEY=VALUE`, applied in order: `training.steps=50`, `losses[0].weight=2`, `losses.0.weight=2`,
     `training.schedule={kind: constant}`. Relative paths in a recipe (`data.source`, `run_dir`) are relative to the
-    current directory, as on a command line, not to the recipe's file.
+    current directory, as on a command line, not to the recipe's file. Only `teacher.recipe`, another recipe's file, is
+    relative to the recipe that names it, and is made absolute.
 
     Raises:
         RecipeError: the file cannot be read, is not YAML, or is no recipe; one line a problem.
     """
-    data = _read(path)
+    data = _anchor(_read(path), _find(path).parent)
     for override in overrides:
-        data = _override(data, override)
+        data = _anchor(_override(data, override), Path())
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -114,6 +116,19 @@ def _read(path: str | Path) -> dict[Any, Any]:
     if not isinstance(data, dict):
         raise RecipeError(f"{file}: got {show(data)}, needs a mapping of keys such as name, data, teacher, student.")
     return data
+
+
+def _anchor(data: dict[Any, Any], folder: Path) -> dict[Any, Any]:
+    """The recipe with `teacher.recipe`, a path relative to `folder` or a shipped recipe's name, made absolute."""
+    teacher = data.get("teacher")
+    if not isinstance(teacher, dict) or teacher.get("kind") != "run" or not isinstance(teacher.get("recipe"), str):
+        return data
+    named = teacher["recipe"]
+    # Path's own would raise for an unknown ~user, or a name too long for the file system.
+    place = os.path.realpath(folder / os.path.expanduser(named))  # noqa: PTH111
+    if not os.path.isfile(place):  # noqa: PTH113
+        place = os.path.realpath(shipped_recipes().get(named, place))
+    return {**data, "teacher": {**teacher, "recipe": place}}
 
 
 def _find(path: str | Path) -> Path:

@@ -24,6 +24,7 @@ SHOWN_PROBLEMS = 20
 SHOWN_CHARACTERS = 60
 
 _UNKNOWN = {"extra_forbidden", "invalid_key"}
+_BEGUN = {"union_tag_invalid", "union_tag_not_found", "value_error"}
 _SHAPES = {"list_type", "tuple_type", "dict_type", "model_type", "model_attributes_type"}
 _NATURES = {dict: "a mapping", str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _NEEDS = {
@@ -98,12 +99,15 @@ def _place(loc: Sequence[int | str]) -> _Place:
 def _enter(place: _Place, label: int | str) -> _Place:
     if _tagged(place.options):
         return replace(place, options=tuple(model for model in place.options if label in _kinds([model])))
-    chosen = tuple(option for option in place.options if _shape(option) == str(label).partition("[")[0])
+    shape = str(label).partition("[")[0]
+    chosen = tuple(option for option in place.options if _shape(option) == shape)
     return replace(place, options=chosen, union=place.union or place.key)
 
 
 def _shape(option: Any) -> str:
-    """How pydantic begins the label of a union's member: `list[...]`, `dict[...]`, `literal[...]`, `int`."""
+    """How pydantic begins the label of a union's member: `list[...]`, `literal[...]`, `tagged-union[...]`, `int`."""
+    if _tagged([option]):
+        return "tagged-union"
     origin = get_origin(option) or option
     return "literal" if origin is Literal else str(getattr(origin, "__name__", ""))
 
@@ -148,9 +152,9 @@ def _kinds(options: Sequence[Any]) -> list[str]:
 
 def _nature(options: Sequence[Any]) -> str:
     """What a value of these types looks like in YAML."""
-    if _tagged(options):
-        return f"a mapping with kind: {_either(_kinds(options))}"
-    return _either([_nature_of(option) for option in options])
+    kinds = _kinds([option for option in options if _tagged([option])])
+    plain = [_nature_of(option) for option in options if not _tagged([option])]
+    return _either([*plain, f"a mapping with kind: {_either(kinds)}"] if kinds else plain)
 
 
 def _nature_of(option: Any) -> str:
@@ -187,7 +191,8 @@ def _without_echoes(problems: Sequence[_Problem]) -> list[list[_Problem]]:
 
 
 def _line(group: Sequence[_Problem]) -> str:
-    problem = group[0]
+    # Of a number or a mapping with a kind, the refusal by the number says nothing once a mapping was begun.
+    problem = next((found for found in group if found.error["type"] in _BEGUN), group[0])
     match problem.error["type"]:
         case unknown if unknown in _UNKNOWN:
             return _unknown(problem)

@@ -8,9 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from potstill.recipes.losses import CrossEntropy, LossTerm
 from potstill.recipes.numbers import Count, Fraction, Layer, Positive, Real, Share, Whole
+from potstill.recipes.part import Part
+from potstill.recipes.teachers import LocalTeacher, Member, MixtureTeacher, Precision, RunTeacher, Teacher
 
 __all__ = [
     "CausalConfig",
@@ -20,32 +23,26 @@ __all__ = [
     "CrossEntropy",
     "Data",
     "Evaluation",
-    "ForwardKL",
     "FreshStudent",
-    "HiddenCosine",
-    "HiddenMSE",
     "LayersStudent",
     "LocalTeacher",
     "LossTerm",
+    "Member",
+    "MixtureTeacher",
     "PretrainedStudent",
     "Recipe",
     "Report",
-    "ReverseKL",
+    "RunTeacher",
     "Search",
     "Splits",
     "Student",
+    "Teacher",
     "Training",
     "WSDSchedule",
 ]
 
-Precision = Literal["bf16", "fp32"]
 
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class Splits(_Part):
+class Splits(Part):
     """Shares of the documents that are held out. The rest is for training."""
 
     validation: Share = 0.02
@@ -62,7 +59,7 @@ class Splits(_Part):
         return self
 
 
-class Data(_Part):
+class Data(Part):
     """Where the words come from and how they are packed."""
 
     source: str
@@ -85,19 +82,7 @@ class Data(_Part):
     """Which documents are held out: by content, so that equal documents share a split."""
 
 
-class LocalTeacher(_Part):
-    """A Hugging Face causal language model in this process."""
-
-    kind: Literal["local"]
-    model: str
-    """A hub id, a folder, a .gguf file, or `sample:NAME`."""
-    dtype: Precision = "bf16"
-    """Weights and arithmetic of the teacher."""
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
-
-
-class Search(_Part):
+class Search(Part):
     """Budget of the greedy layer search."""
 
     rows: Count = 4
@@ -108,7 +93,7 @@ class Search(_Part):
     """Candidates tried a round after the first: those whose removal raised the KL least when last tried."""
 
 
-class LayersStudent(_Part):
+class LayersStudent(Part):
     """Some of the teacher's layers, with its embeddings, final norm and head."""
 
     kind: Literal["layers"]
@@ -133,7 +118,7 @@ class LayersStudent(_Part):
         return self
 
 
-class PretrainedStudent(_Part):
+class PretrainedStudent(Part):
     """Any pretrained causal language model with the teacher's vocabulary."""
 
     kind: Literal["model"]
@@ -141,7 +126,7 @@ class PretrainedStudent(_Part):
     """A hub id, a folder, a .gguf file, or `sample:NAME`."""
 
 
-class CausalConfig(_Part):
+class CausalConfig(Part):
     """Sizes of a fresh student; whatever is not named is taken from the teacher's config."""
 
     num_hidden_layers: Count | None = None
@@ -158,7 +143,7 @@ class CausalConfig(_Part):
     """Whether the head is the embedding matrix."""
 
 
-class FreshStudent(_Part):
+class FreshStudent(Part):
     """A student of the teacher's architecture with other sizes and random weights."""
 
     kind: Literal["config"]
@@ -169,58 +154,7 @@ class FreshStudent(_Part):
 Student = Annotated[LayersStudent | PretrainedStudent | FreshStudent, Field(discriminator="kind")]
 
 
-class _Term(_Part):
-    weight: Positive = 1.0
-    """Factor of this term in the sum of losses."""
-
-
-class _SoftTerm(_Term):
-    temperature: Positive = 1.0
-    """Distillation temperature: both distributions are softened by it."""
-    times_temperature_squared: bool = True
-    """Multiply by T^2, which keeps the gradient's size when terms are mixed (Hinton et al. 2015, section 2.1)."""
-
-
-class ForwardKL(_SoftTerm):
-    """KL(teacher || student): cover all that the teacher might say."""
-
-    kind: Literal["forward_kl"]
-
-
-class ReverseKL(_SoftTerm):
-    """KL(student || teacher): say only what the teacher would."""
-
-    kind: Literal["reverse_kl"]
-
-
-class CrossEntropy(_Term):
-    """Hard labels: -log q(next token) at temperature 1."""
-
-    kind: Literal["cross_entropy"]
-
-
-class _LayerTerm(_Term):
-    layers: Annotated[dict[Layer, Layer], Field(min_length=1)] | Literal["even", "last"] = "last"
-    """{student layer: teacher layer}, 0 being the embeddings' output and i the output of block i. `even` spreads all
-    student layers over the teacher's; `last` matches the last ones."""
-
-
-class HiddenMSE(_LayerTerm):
-    """Mean squared difference of hidden states. Widths that differ get a learned projection, dropped at the end."""
-
-    kind: Literal["hidden_mse"]
-
-
-class HiddenCosine(_LayerTerm):
-    """1 - cosine of hidden states. Widths that differ get a learned projection, dropped at the end."""
-
-    kind: Literal["hidden_cosine"]
-
-
-LossTerm = Annotated[ForwardKL | ReverseKL | CrossEntropy | HiddenMSE | HiddenCosine, Field(discriminator="kind")]
-
-
-class _Schedule(_Part):
+class _Schedule(Part):
     warmup: Fraction = 0.05
     """Share of the steps over which the learning rate rises linearly to its peak."""
 
@@ -258,7 +192,7 @@ class WSDSchedule(_Schedule):
 Schedule = Annotated[CosineSchedule | ConstantSchedule | WSDSchedule, Field(discriminator="kind")]
 
 
-class Checkpoints(_Part):
+class Checkpoints(Part):
     """When the training state is saved, so that nothing is lost."""
 
     every_minutes: Positive | None = 5.0
@@ -269,7 +203,7 @@ class Checkpoints(_Part):
     """Older ones are deleted. With 2, a damaged newest one costs one interval, not the run."""
 
 
-class Training(_Part):
+class Training(Part):
     """One optimiser, one schedule, one loop. Give exactly one of tokens, steps, epochs."""
 
     tokens: Annotated[Real, Field(gt=0.0, le=1e18)] | None = None
@@ -308,7 +242,7 @@ class Training(_Part):
     """Held-out rows on which the validation losses are computed."""
     checkpoint: Checkpoints = Checkpoints()
     """When the training state is saved."""
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field([])
     """Beside metrics.jsonl, which is always written."""
 
     @model_validator(mode="after")
@@ -329,14 +263,14 @@ class Training(_Part):
         return self.micro_batch_rows or self.batch_rows
 
 
-class Control(_Part):
+class Control(Part):
     """The arm that every claim is held against: same initial student, same batches, hard labels only."""
 
     enabled: bool = True
     """Without it the report says in its first line that the gain from distillation is unknown."""
 
 
-class Evaluation(_Part):
+class Evaluation(Part):
     """Questions to teacher, untrained student, control and student alike."""
 
     max_rows: Count | None = 128
@@ -353,14 +287,14 @@ class Evaluation(_Part):
     """Measure prefill and decode tokens/s, and the memory they take, of every arm; needs prompts."""
 
 
-class Report(_Part):
+class Report(Part):
     """The page."""
 
     title: str | None = None
     """What it is called; default: the name."""
 
 
-class Recipe(_Part):
+class Recipe(Part):
     """One distillation, from words to report."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -372,7 +306,7 @@ class Recipe(_Part):
     run_dir: Path | None = None
     """Where the run lives. Default: runs/NAME."""
     data: Data
-    teacher: LocalTeacher
+    teacher: Teacher
     student: Student
     losses: Annotated[list[LossTerm], Field(min_length=1)]
     training: Training

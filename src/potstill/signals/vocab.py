@@ -1,4 +1,4 @@
-"""Do teacher and student mean the same by a token number? Matched by token identity, never by size alone.
+"""Do two models mean the same by a token number? Matched by token identity, never by size alone.
 
 Refuses tokenizers that differ in a single token, and says which.
 """
@@ -11,28 +11,33 @@ from potstill.errors import VocabularyMismatch
 
 __all__ = ["shared_vocabulary"]
 
+STUDENT = "student.model"
 
-def shared_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any) -> int:
+
+def shared_vocabulary(teacher_tokenizer: Any, other_tokenizer: Any, key: str = STUDENT) -> int:
     """One more than the highest token number, when both know the same tokens by the same numbers.
 
-    Heads padded beyond it are cut there; a number that neither uses may lie below it. Raises VocabularyMismatch naming
-    the first number whose token differs or is known to one of them only, or when both have chat templates that differ.
+    `key` is the recipe's key of the other one: the student, or a teacher that is averaged with the first. Heads padded
+    beyond the result are cut there; a number that neither uses may lie below it. Raises VocabularyMismatch naming the
+    first number whose token differs or is known to one of them only, or when both have chat templates that differ.
     """
-    teacher, student = _tokens_by_number(teacher_tokenizer), _tokens_by_number(student_tokenizer)
-    size = max((*teacher, *student), default=-1) + 1
+    whose = "the teacher's" if key == STUDENT else "the first teacher's"
+    advice = "a student of the teacher's family, or student.kind=layers" if key == STUDENT else "teachers of one family"
+    teacher, other = _tokens_by_number(teacher_tokenizer), _tokens_by_number(other_tokenizer)
+    size = max((*teacher, *other), default=-1) + 1
     for number in range(size):
-        ours, theirs = student.get(number), teacher.get(number)
+        ours, theirs = other.get(number), teacher.get(number)
         if ours != theirs:
             raise VocabularyMismatch(
-                f"student.model: its tokenizer has {_name(ours)} as number {number}, the teacher's has {_name(theirs)} "
-                f"(sizes {len(student)} and {len(teacher)}). Logits can only be compared over one vocabulary: use a "
-                "student of the teacher's family, or student.kind=layers."
+                f"{key}: its tokenizer has {_name(ours)} as number {number}, {whose} has {_name(theirs)} "
+                f"(sizes {len(other)} and {len(teacher)}). Logits can only be compared over one vocabulary: use "
+                f"{advice}."
             )
-    templates = [getattr(tokenizer, "chat_template", None) for tokenizer in (teacher_tokenizer, student_tokenizer)]
+    templates = [getattr(tokenizer, "chat_template", None) for tokenizer in (teacher_tokenizer, other_tokenizer)]
     if all(templates) and templates[0] != templates[1]:
         raise VocabularyMismatch(
-            "student.model: its chat template differs from the teacher's, so that both would see different texts. Use "
-            "a student of the teacher's family, or give it the teacher's chat template."
+            f"{key}: its chat template differs from {whose}, so that both would see different texts. Use "
+            f"{advice.partition(',')[0]}, or give it {whose} chat template."
         )
     return size
 

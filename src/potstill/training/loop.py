@@ -34,7 +34,13 @@ class Objective(Protocol):
         """Positions each loss sums over, [losses]."""
         ...
 
-    def __call__(self, view: StudentView, lesson: Lesson, counts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def scheduled(self, progress: float) -> dict[str, float]:
+        """What moves over the training, as it is now, by the names of the log."""
+        ...
+
+    def __call__(
+        self, view: StudentView, lesson: Lesson, counts: Tensor, progress: float = 0.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """A lesson's share of the step's loss and of every term."""
         ...
 
@@ -157,7 +163,8 @@ def _take_step(training: Training, plan: Plan, student: nn.Module, optimizer: An
     rate = plan.rate(progress.step)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    loss, terms = _accumulate(training, student, batches)
+    done = progress.step / max(1, plan.steps - 1)  # 0 in the first step, 1 in the last
+    loss, terms = _accumulate(training, student, batches, done)
     norm = _clip(training, plan)
     _refuse_nonfinite(progress.step + 1, {"loss": loss, "gradient norm": norm}, batches)
     optimizer.step()
@@ -169,12 +176,15 @@ def _take_step(training: Training, plan: Plan, student: nn.Module, optimizer: An
         "tokens": progress.positions,
         "loss": loss,
         **terms,
+        **training.objective.scheduled(done),
         "gradient_norm": norm,
         "learning_rate": rate,
     }
 
 
-def _accumulate(training: Training, student: nn.Module, batches: Sequence[Batch]) -> tuple[float, dict[str, float]]:
+def _accumulate(
+    training: Training, student: nn.Module, batches: Sequence[Batch], done: float
+) -> tuple[float, dict[str, float]]:
     """Add up the gradients of the micro-batches; returns the step's loss and terms over all ranks."""
     accelerator = training.accelerator
     counts = accelerator.reduce(training.objective.counts(batches).to(accelerator.device), "sum")
@@ -184,7 +194,7 @@ def _accumulate(training: Training, student: nn.Module, batches: Sequence[Batch]
     for index, batch in enumerate(batches):
         lesson = training.source.lesson(batch)  # before the student's graph is there: the teacher has the memory alone
         with accelerator.no_sync(student) if index + 1 < len(batches) else nullcontext():
-            share, parts = training.objective(student(batch, layers), lesson, counts)
+            share, parts = training.objective(student(batch, layers), lesson, counts, done)
             # Data parallelism averages gradients over processes; the count is already global, so undo the average.
             accelerator.backward(share * accelerator.num_processes)
         loss += share.detach()

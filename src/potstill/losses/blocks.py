@@ -1,0 +1,48 @@
+"""Rows in chunks whose logits fit a number of bytes, and chunks in tiles that fit the cache.
+
+Refuses to make one block larger than that, unless a single row is.
+
+Suffixes: n rows of one chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from potstill.losses.arithmetic import slices
+from potstill.losses.sides import Dense, Opened, Parts, Side
+
+__all__ = ["blocks", "most_rows", "tiles"]
+
+CHUNK_BYTES = {"cpu": 50 << 20, "cuda": 512 << 20}
+"""Size of one block of logits. On a CPU small blocks stay near the cores; a GPU wants large products."""
+
+TILE_BYTES = {"cpu": 3 << 19}
+"""Size of the part of a block that the element-wise work takes at once, so that its passes find it in the cache."""
+
+
+def blocks(first: Dense, *others: Opened) -> Iterator[tuple[slice, Sequence[Parts]]]:
+    """(rows, the parts of every side) chunk by chunk; the next chunk overwrites them."""
+    sides, chunks = (first, *others), _chunks(first.sides[0])
+    buffers = [side.buffers(most_rows(first)) for side in sides]
+    for rows in chunks:
+        yield rows, [side.parts(rows, own) for side, own in zip(sides, buffers, strict=True)]
+
+
+def most_rows(first: Dense) -> int:
+    """Rows of the largest chunk."""
+    sizes = [int(rows.stop - rows.start) for rows in _chunks(first.sides[0])]
+    return max(sizes)
+
+
+def tiles(raw_nV: Tensor) -> Iterator[slice]:
+    """Slices of a block whose element-wise work stays in the cache; the whole block on a GPU."""
+    row_bytes = raw_nV.shape[1] * raw_nV.element_size()
+    return slices(len(raw_nV), row_bytes, TILE_BYTES.get(raw_nV.device.type, len(raw_nV) * row_bytes))
+
+
+def _chunks(side: Side) -> Iterator[slice]:
+    row_bytes = len(side.weight_VD) * side.arithmetic.wide.itemsize
+    return slices(len(side.rows_ND), row_bytes, CHUNK_BYTES.get(side.rows_ND.device.type, CHUNK_BYTES["cpu"]))

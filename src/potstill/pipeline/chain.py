@@ -1,0 +1,83 @@
+"""Chains of runs: a teacher that is the student of another recipe's run, its assistant.
+
+Importing this module is cheap. Refuses a chain that goes in a circle, and two runs of a chain in one folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from potstill.errors import Interrupted, PotstillError, RecipeError
+from potstill.pipeline.places import STUDENT
+from potstill.recipes import Recipe, load_recipe
+from potstill.recipes.schema import LocalTeacher, RunTeacher
+
+__all__ = ["blaming", "load_chain", "settle", "student_folder"]
+
+
+def load_chain(recipe: Recipe) -> tuple[Recipe, ...]:
+    """The recipe's assistant, then the assistant's own, and so on; empty where the teacher is nobody's student.
+
+    Raises RecipeError for what is wrong with any of them, with the file named, and for a chain without an end.
+    """
+    chain, files = [recipe], list[str]()
+    while isinstance(teacher := chain[-1].teacher, RunTeacher):
+        if teacher.recipe in files:
+            raise _circle([*files[files.index(teacher.recipe) :], teacher.recipe])
+        files.append(teacher.recipe)
+        chain.append(_load(teacher.recipe))
+    _check_folders(chain)
+    return tuple(chain[1:])
+
+
+def settle(recipe: Recipe) -> Recipe:
+    """The recipe with its assistant's trained student as a teacher like any other, for the stages."""
+    if not isinstance(recipe.teacher, RunTeacher):
+        return recipe
+    model = str(student_folder(load_chain(recipe)[0]))
+    local = LocalTeacher(kind="local", model=model, dtype=recipe.teacher.dtype, device=recipe.teacher.device)
+    return recipe.model_copy(update={"teacher": local})
+
+
+def student_folder(recipe: Recipe) -> Path:
+    """Where the trained student of a recipe's run is, or will be."""
+    return recipe.folder.absolute() / "train" / STUDENT
+
+
+@contextmanager
+def blaming(assistant: Recipe) -> Iterator[None]:
+    """In this block, what goes wrong is said of the assistant: its keys are not those of the recipe that was asked."""
+    try:
+        yield
+    except Interrupted:  # nothing is wrong with it
+        raise
+    except PotstillError as error:
+        raise type(error)(f"teacher.recipe: in the run of {assistant.name}: {error}") from error
+
+
+def _load(file: str) -> Recipe:
+    try:
+        return load_recipe(file)
+    except RecipeError as error:
+        lines = [f"teacher.recipe: in {file}: {line}" for line in str(error).splitlines()]
+        raise RecipeError("\n".join(lines)) from error
+
+
+def _circle(files: list[str]) -> RecipeError:
+    names = " -> ".join(Path(file).name for file in files)
+    return RecipeError(
+        f"teacher.recipe: {names} goes in a circle, so that none of these runs could be the first. Give one of them a "
+        "teacher of another kind."
+    )
+
+
+def _check_folders(chain: list[Recipe]) -> None:
+    folders = [recipe.folder.resolve() for recipe in chain]
+    for number, recipe in enumerate(chain[1:], start=1):
+        if folders[number] in folders[:number]:
+            raise RecipeError(
+                f"teacher.recipe: {recipe.name} and the run that it is to teach have one folder, {recipe.folder}. Give "
+                "one of them another name or run_dir."
+            )
