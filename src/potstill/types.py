@@ -141,7 +141,8 @@ class Batch:
 class Head:
     """A language model's output layer: logits = softcap(scale * (hidden @ weight^T + bias)).
 
-    weight_VD float [V, D]; bias_V float [V] or None; softcap c means c * tanh(x / c).
+    weight_VD float [V, D]; bias_V float [V] or None; softcap c means c * tanh(x / c), which no logit of -inf survives:
+    cut off padding with `sliced`.
     """
 
     weight_VD: Tensor

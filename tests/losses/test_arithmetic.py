@@ -64,12 +64,12 @@ def test_a_narrow_head_is_widened_part_by_part_with_the_same_result(monkeypatch,
     rows_nD, weight_VD = torch.randn(4, 16).bfloat16(), torch.randn(33, 16).bfloat16()
     arithmetic = Arithmetic.of(rows_nD)
     whole = arithmetic.logits(rows_nD, arithmetic.widen(weight_VD))
-    monkeypatch.setattr(module, "SLAB_BYTES", rows * 16 * 4)
+    monkeypatch.setitem(module.SLAB_BYTES, "cpu", rows * 16 * 4)
     assert_close(arithmetic.logits(rows_nD, arithmetic.prepare(weight_VD)), whole, rtol=1e-6, atol=1e-6)
 
 
 def test_a_narrow_head_is_never_copied_whole(monkeypatch, watch):
-    monkeypatch.setattr(module, "SLAB_BYTES", 100 * 16 * 4)
+    monkeypatch.setitem(module.SLAB_BYTES, "cpu", 100 * 16 * 4)
     rows_nD, weight_VD = torch.randn(4, 16).bfloat16(), torch.randn(1000, 16).bfloat16()
     arithmetic, out = Arithmetic.of(rows_nD), torch.empty(4, 1000)
     with watch:

@@ -126,7 +126,12 @@ def dense_loss(problem: Problem, terms: Sequence[HeadTerm]) -> tuple[Tensor, dic
 def chunks_of(rows: int, vocabulary: int, itemsize: int = 8, tile_rows: int = 2) -> Iterator[None]:
     """Blocks of so many rows, and element-wise work on so many of them at once."""
     sizes = (count * vocabulary * itemsize for count in (rows, tile_rows))
-    with mock.patch.dict(blocks.CHUNK_BYTES, cpu=next(sizes)), mock.patch.dict(blocks.TILE_BYTES, cpu=next(sizes)):
+    chunk, tile = sizes
+    with (
+        mock.patch.dict(blocks.CHUNK_BYTES, cpu=chunk),
+        mock.patch.dict(blocks.TILE_BYTES, cpu=tile),
+        mock.patch.object(blocks, "TILE_ROWS", 1),
+    ):
         yield
 
 
@@ -173,6 +178,13 @@ def test_chunked_equals_dense_in_float64(rows, vocabulary, widths, bias, both, t
     assert_close(dict(result.terms), sums, **exactly)
     assert result.count == rows
     assert_close(gradients(problem, result.total), gradients(problem, total), **exactly)
+
+
+def test_a_tile_has_at_least_four_rows_of_its_block():
+    with mock.patch.dict(blocks.TILE_BYTES, cpu=1):
+        sizes = [piece.stop - piece.start for piece in blocks.tiles(torch.zeros(85, 10))]
+    assert set(sizes) == {3, 4}
+    assert sum(sizes) == 85
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 6, 11, 21])
@@ -304,6 +316,13 @@ def test_hard_labels_alone_never_touch_the_teacher():
     assert_close(watched.loss([HARD]).total, dense_loss(problem, [HARD])[0])
 
 
+@pytest.mark.parametrize("compiled", [False, None])
+def test_within_saved_tensor_hooks_it_says_what_to_do(compiled):
+    with torch.autograd.graph.save_on_cpu(), pytest.raises(RuntimeError, match=r"inside torch\.utils\.checkpoint"):
+        make_problem().loss(ALL_TERMS, compiled=compiled)
+    make_problem().loss(ALL_TERMS).total.backward()
+
+
 def test_backward_twice_says_what_happened():
     total = make_problem().loss(ALL_TERMS).total
     total.backward(retain_graph=True)
@@ -370,8 +389,17 @@ def wider(head: Head) -> Head:
         (lambda p: {"teacher_ND": p.teacher_ND[1:]}, [FORWARD], r"teacher's rows \(6, 3\) .* do not fit 7 rows"),
         (lambda p: {"teacher_head": wider(p.teacher_head)}, [REVERSE], r"teacher's rows \(7, 3\) and head \(13, 4\)"),
         (lambda p: {"teacher_head": p.teacher_head.sliced(12)}, [FORWARD], r"13 and 12 tokens: .* with Head\.sliced"),
+        (lambda p: {"targets_N": p.targets_N.int()}, [HARD], r"targets_N is torch\.int32: needs int64"),
+        (lambda p: {"targets_N": p.targets_N.to("meta")}, [FORWARD, HARD], r"targets_N is on meta, .* rows are on cpu"),
+        (lambda p: {"student_ND": p.student_ND.long()}, [HARD], r"student's rows are torch\.int64.*needs floats"),
+        (lambda p: {"head": replace(p.head, softcap=0.0)}, [HARD], r"student's softcap 0\.0 must be above 0"),
+        (lambda p: {}, ["forward_kl"], r"are not all HeadTerms"),
         (lambda p: {}, [], r"terms is empty"),
-        (lambda p: {}, [FORWARD, HeadTerm("forward_kl", temperature=2.0)], r"have a name twice"),
+        (
+            lambda p: {},
+            [FORWARD, HeadTerm("forward_kl", temperature=2.0)],
+            r"have a name twice.*function with a name of its own",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_with_its_shapes(change, terms, text):
@@ -465,8 +493,9 @@ def test_global_precision_is_the_same_afterwards(precision_settings, legacy, dty
     assert precision_settings() == before
 
 
-def test_an_inherited_precision_stays_inherited(precision_settings):
-    torch.backends.fp32_precision = "bf16"
+@pytest.mark.parametrize("inherited", ["bf16", "tf32", "ieee", "none"])
+def test_an_inherited_precision_stays_inherited(precision_settings, inherited):
+    torch.backends.fp32_precision = inherited
     make_problem(dtype=torch.bfloat16).loss(ALL_TERMS)
     make_problem(dtype=torch.float32).loss(ALL_TERMS)
     torch.backends.fp32_precision = "ieee"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from potstill.losses import DIVERGENCES, HeadTerm, blocks, chunked, distillation_loss, position_scores
+from potstill.losses import DIVERGENCES, HeadTerm, blocks, chunked, cross_entropy, distillation_loss, position_scores
 from potstill.types import Head, LossSum, Mixture, SparseLogits, States, TeacherLogits
 
 EXACTLY: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
@@ -52,6 +52,7 @@ def chunked_loss(student: States, terms: list[HeadTerm], teacher: TeacherLogits,
 def small_chunks(monkeypatch):
     monkeypatch.setitem(blocks.CHUNK_BYTES, "cpu", 3 * V * 8)
     monkeypatch.setitem(blocks.TILE_BYTES, "cpu", 2 * V * 8)
+    monkeypatch.setattr(blocks, "TILE_ROWS", 1)
 
 
 # ----------------------------------------------------------------------------------------------------- all divergences
@@ -156,15 +157,46 @@ def test_a_divergence_of_one_s_own_is_one_plain_function():
         (lambda: HeadTerm("jsd", settings={"alpha": 0.5}), r"jsd: settings \{'alpha': 0\.5\} do not fit"),
         (lambda: HeadTerm("alpha_beta", settings={"alpha": 0.5}), r"alpha_beta: settings .*missing .*beta"),
         (lambda: HeadTerm("cross_entropy", settings={"label_smoothing": 1.0}), r"cross_entropy: got label_smoothing"),
-        (
-            lambda: HeadTerm(lambda s, t, temperature=1.0: s.sum()),
-            r"gave \(\) for logits \[1, 2\]: needs one value a row",
-        ),
+        (lambda: HeadTerm(lambda s, t: s.sum(-1)), r"do not fit .*Needs \(student_logits_NV"),
+        (lambda: HeadTerm(Unhashable()), r"unhashable.*to be hashable"),
+        (lambda: HeadTerm(lambda s, t, temperature: s, settings={"temperature": 2.0}), r"multiple values"),
     ],
 )
 def test_a_term_that_could_not_be_computed_is_refused_at_once(make, text):
     with pytest.raises(ValueError, match=text):
         make()
+
+
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, student_NV: Tensor, teacher_NV: Tensor, temperature: Any) -> Tensor:
+        return student_NV.sum(-1)
+
+
+@pytest.mark.parametrize("shape", ["all", "mean"])
+def test_one_s_own_function_must_give_a_value_a_row(shape):
+    def wrong(student_NV: Tensor, teacher_NV: Tensor, temperature: Any) -> Tensor:
+        return student_NV.sum() if shape == "all" else student_NV.mean().reshape(1)
+
+    with pytest.raises(ValueError, match=r"wrong gave .* for logits \(2, 13\): needs one value a row"):
+        chunked_loss(make_states(), [HeadTerm(wrong)], make_states(seed=1))
+
+
+def test_one_s_own_function_may_know_the_vocabulary():
+    by_token_V = torch.linspace(0.5, 1.5, V, dtype=torch.float64)
+
+    def weighted(student_NV: Tensor, teacher_NV: Tensor, temperature: Any) -> Tensor:
+        return ((student_NV - teacher_NV).square() * by_token_V).topk(5).values.sum(-1)
+
+    student, teacher = make_states(learned=True), make_states(seed=1)
+    result, plain = chunked_loss(student, [HeadTerm(weighted)], teacher), weighted(dense(student), dense(teacher), 1.0)
+    assert_close(gradients(student, result.total), gradients(student, plain.sum()), **EXACTLY)
+
+
+def test_a_divergence_of_ours_may_be_given_as_the_function_that_it_is():
+    assert HeadTerm(DIVERGENCES["jsd"], settings={"beta": 0.1}) == HeadTerm("jsd", settings={"beta": 0.1})
+    assert not HeadTerm(cross_entropy).needs_teacher
 
 
 # --------------------------------------------------------------------------------------------------- weights of rows
@@ -188,9 +220,31 @@ def test_a_row_counts_as_often_as_its_weight_says(weights):
     assert_close(gradients(student, whole.total), gradients(student, torch.stack(parts).sum()), **EXACTLY)
 
 
-def test_weights_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"weights_N \(6,\) does not fit the student's 7 rows"):
-        chunked_loss(make_states(), [HeadTerm("cross_entropy")], make_states(), weights_N=torch.ones(6))
+@pytest.mark.parametrize(
+    ("weights_N", "text"),
+    [
+        (torch.ones(6), r"weights_N \(6,\) does not fit the student's 7 rows"),
+        (torch.ones(7, requires_grad=True), r"finite and constant"),
+        (torch.full((7,), math.nan), r"finite and constant"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(weights_N, text):
+    with pytest.raises(ValueError, match=text):
+        chunked_loss(make_states(), [HeadTerm("cross_entropy")], make_states(), weights_N=weights_N)
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "symmetric_kl", "adaptive_kl"])
+@pytest.mark.parametrize("muted", ["rows", "term"])
+def test_what_has_no_weight_does_no_harm_where_it_is_infinite(kind, muted):
+    student, teacher = make_states(learned=True), make_states(seed=1)
+    bias_V = torch.tensor([-math.inf] + [0.0] * (V - 1), dtype=torch.float64)
+    teacher = States(teacher.rows_ND, Head(teacher.head.weight_VD, bias_V))
+    terms = [HeadTerm(kind, 0.0 if muted == "term" else 1.0), HeadTerm("cross_entropy")]
+    weights_N = torch.zeros(7, dtype=torch.float64) if muted == "rows" else None
+    result = chunked_loss(student, terms, teacher, weights_N=weights_N)
+    alone = chunked_loss(student, terms[1:], None, weights_N=weights_N)
+    assert_close(result.total, alone.total, **EXACTLY)
+    assert_close(gradients(student, result.total), gradients(student, alone.total), **EXACTLY)
 
 
 # -------------------------------------------------------------------------------------------- what moves in a training
@@ -357,6 +411,20 @@ def test_a_list_filled_up_with_tokens_of_no_probability_is_the_shorter_list(kind
     assert_close(gradients(student, found.total), gradients(student, expected.total), **EXACTLY)
 
 
+@pytest.mark.parametrize("place", [0, 3])
+def test_what_fills_up_a_list_may_repeat_a_listed_token(place):
+    student, short = make_states(learned=True), listed(make_states(seed=1), 3)
+
+    def put(part_NK: Tensor, filler_N: Tensor) -> Tensor:
+        return torch.cat([part_NK[:, :place], filler_N[:, None], part_NK[:, place:]], -1)
+
+    nothing_N = torch.full((7,), -math.inf, dtype=torch.float64)
+    filled = SparseLogits(put(short.ids_NK, short.ids_NK[:, 0]), put(short.logprobs_NK, nothing_N), short.tail_N)
+    expected, found = (chunked_loss(student, [HeadTerm("forward_kl")], sparse) for sparse in (short, filled))
+    assert_close(found.total, expected.total, **EXACTLY)
+    assert_close(gradients(student, found.total), gradients(student, expected.total), **EXACTLY)
+
+
 @every_divergence
 def test_a_biased_term_compares_the_coarser_distributions(kind):
     student, teacher = make_states(learned=True), make_states(seed=1)
@@ -380,6 +448,7 @@ def test_a_biased_term_compares_the_coarser_distributions(kind):
         (["forward_kl"], {"tail_N": None}, r"probabilities sum to 0\.\d+.*tail_N"),
         (["forward_kl"], {"tail_N": torch.zeros(6)}, r"tail_N \(6,\) does not fit"),
         (["forward_kl"], {"ids_NK": torch.zeros(7, 3, dtype=torch.long)}, r"ids_NK \(7, 3\) and logprobs_NK \(7, 4\)"),
+        (["forward_kl"], {"ids_NK": torch.zeros(7, 4, dtype=torch.long)}, r"lists a token twice in row 0"),
         (["forward_kl"], {"ids_NK": torch.full((7, 4), 13)}, r"outside of the head's 0\.\.12"),
     ],
 )

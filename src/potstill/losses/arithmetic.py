@@ -17,9 +17,11 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor
 
+from potstill.losses.pages import empty
+
 __all__ = ["Arithmetic", "slices"]
 
-SLAB_BYTES = 14 << 20
+SLAB_BYTES = {"cpu": 14 << 20, "cuda": 256 << 20}
 """Part of a bfloat16 head that is widened at once on a CPU, or of its gradient that is added at once on a GPU.
 
 A whole wide copy would double the memory of a loss; smaller parts cost more calls than they save."""
@@ -73,15 +75,18 @@ class Arithmetic:
             if weight_VD.dtype is self.wide:
                 return torch.mm(rows_nD, weight_VD.T, out=out)
             out = rows_nD.new_empty(len(rows_nD), len(weight_VD)) if out is None else out
-            slabs = list(slices(len(weight_VD), 4 * weight_VD.shape[1], SLAB_BYTES))
-            wide_VD = rows_nD.new_empty(max(slab.stop - slab.start for slab in slabs), weight_VD.shape[1])
+            slabs = list(self._slabs(weight_VD))
+            most = max(slab.stop - slab.start for slab in slabs)
+            wide_VD = empty((most, weight_VD.shape[1]), self.wide, weight_VD.device)
             for slab in slabs:
                 slab_VD = wide_VD[: slab.stop - slab.start].copy_(weight_VD[slab])
                 torch.mm(rows_nD, slab_VD.T, out=out[:, slab])
             return out
 
     def rows_gradient(self, gradient_nV: Tensor, weight_VD: Tensor) -> Tensor:
-        """Gradient times weight, [n, D] in the dtype of both: added up in float32, rounded once at the end."""
+        """Gradient times weight, [n, D], added up in float32; on a CPU rounded at the end to the dtype of both."""
+        if self.device_type == "cuda" and self.narrow is not self.wide:  # which may add up parts in bfloat16 otherwise
+            return torch.mm(gradient_nV, weight_VD, out_dtype=self.wide)
         with self._units():
             return torch.mm(gradient_nV, weight_VD)
 
@@ -92,15 +97,19 @@ class Arithmetic:
                 operands = gradient_nV.T, self.widen(rows_nD)
                 _ = torch.addmm(out_VD, *operands, out=out_VD) if add else torch.mm(*operands, out=out_VD)
             return
-        for slab in slices(len(out_VD), 4 * out_VD.shape[1], SLAB_BYTES):
+        for slab in self._slabs(out_VD):
             part_VD = torch.mm(gradient_nV[:, slab].T, rows_nD.to(self.narrow), out_dtype=self.wide)
             out_VD[slab] = out_VD[slab] + part_VD if add else part_VD
 
+    def _slabs(self, weight_VD: Tensor) -> Iterator[slice]:
+        return slices(len(weight_VD), 4 * weight_VD.shape[1], SLAB_BYTES.get(self.device_type, SLAB_BYTES["cpu"]))
+
     @contextmanager
     def _units(self) -> Iterator[None]:
+        """The bf16 mode of oneDNN, for the whole process as long as a product takes."""
         matmul = cast(Any, torch.backends.mkldnn).matmul
         before = matmul.fp32_precision
-        change = self.narrow is not self.wide and before != "bf16"  # writing back an inherited setting would pin it
+        change = self.narrow is not self.wide and before != "bf16"
         if change:
             matmul.fp32_precision = "bf16"
         try:
@@ -108,7 +117,9 @@ class Arithmetic:
                 yield
         finally:
             if change:
-                matmul.fp32_precision = before
+                matmul.fp32_precision = "none"
+                if matmul.fp32_precision != before:  # it was set here, not inherited: inherited, it would now be pinned
+                    matmul.fp32_precision = before
 
 
 def slices(count: int, row_bytes: int, budget: int) -> Iterator[slice]:

@@ -19,6 +19,9 @@ __all__ = ["blocks", "most_rows", "tiles"]
 CHUNK_BYTES = {"cpu": 50 << 20, "cuda": 512 << 20}
 """Size of one block of logits. On a CPU small blocks stay near the cores; a GPU wants large products."""
 
+TILE_ROWS = 4
+"""A tile has at least so many rows, where its block has them: a single row would be compiled for once more."""
+
 TILE_BYTES = {"cpu": 3 << 19}
 """Size of the part of a block that the element-wise work takes at once, so that its passes find it in the cache."""
 
@@ -40,7 +43,8 @@ def most_rows(first: Dense) -> int:
 def tiles(raw_nV: Tensor) -> Iterator[slice]:
     """Slices of a block whose element-wise work stays in the cache; the whole block on a GPU."""
     row_bytes = raw_nV.shape[1] * raw_nV.element_size()
-    return slices(len(raw_nV), row_bytes, TILE_BYTES.get(raw_nV.device.type, len(raw_nV) * row_bytes))
+    budget = TILE_BYTES.get(raw_nV.device.type, len(raw_nV) * row_bytes)
+    return slices(len(raw_nV), row_bytes, max(budget, TILE_ROWS * row_bytes))
 
 
 def _chunks(side: Side) -> Iterator[slice]:

@@ -19,14 +19,24 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value
 
+from potstill.losses.arithmetic import slices
 from potstill.losses.blocks import blocks, most_rows, tiles
 from potstill.losses.compiling import compile_varying, worth_compiling
 from potstill.losses.fitting import refuse_misfits
+from potstill.losses.pages import empty
 from potstill.losses.sides import Dense, Finish, Form, Side, open_logits
 from potstill.losses.terms import HeadTerm
 from potstill.types import Head, LossSum, States, TeacherLogits
 
 __all__ = ["distillation_loss"]
+
+HOOKED = (
+    "distillation_loss inside torch.utils.checkpoint, save_on_cpu or other saved-tensor hooks: its gradient is taken "
+    "in the forward pass, where hooks cannot be. Call it outside of them; it keeps no logits that they could save."
+)
+
+SCALED_BYTES = 4 << 20
+"""Part of a gradient that is scaled and cast at once."""
 
 KERNELS = 64
 """Kernels that are remembered; one's own functions, made anew for every call, must not pile up."""
@@ -61,8 +71,8 @@ def distillation_loss(
     has no graph of its own. Raises ValueError where shapes disagree, a name is there twice, something a term needs is
     missing, or a term has no unbiased form for a sparse teacher.
     """
-    teacher = teacher if any(term.needs_teacher for term in terms) else None  # hard labels must not pay for one
     refuse_misfits(student, targets_N, terms, teacher=teacher, weights_N=weights_N)
+    teacher = teacher if any(term.needs_teacher for term in terms) else None  # hard labels must not pay for one
     rows_ND, head = student.rows_ND, student.head
     if compiled is None:
         compiled = worth_compiling(rows_ND.shape[0] * head.vocabulary, rows_ND.device.type)
@@ -70,7 +80,8 @@ def distillation_loss(
     if not torch.is_grad_enabled():  # an autograd.Function hears of requires_grad, but not of no_grad
         learned = tuple(None if part is None else part.detach() for part in learned)
     job = _Job(Finish.of(head), targets_N, tuple(terms), teacher, weights_N, compiled)
-    total, sums = cast(tuple[Tensor, Tensor], _ChunkedLoss.apply(*learned, job))  # type: ignore[no-untyped-call]
+    with torch.autograd.graph.disable_saved_tensors_hooks(HOOKED):
+        total, sums = cast(tuple[Tensor, Tensor], _ChunkedLoss.apply(*learned, job))  # type: ignore[no-untyped-call]
     return LossSum(total, rows_ND.shape[0], {term.name: sums[i] for i, term in enumerate(terms)})
 
 
@@ -118,13 +129,19 @@ def _kernel(
         said, (targets_n, weights_n), (factors, temperatures) = others
         logits_nV, by_term = student(raw_nV, bias_V), []
         for i, term in enumerate(terms):
+            # What has no weight must not spoil the rest where it is infinite: no gradient passes, not even 0 * inf.
+            counts_n1 = factors[i] != 0 if weights_n is None else ((weights_n != 0) & (factors[i] != 0)).unsqueeze(-1)
+            own_nV = torch.where(counts_n1, logits_nV, logits_nV.detach())
             if teacher is None or not term.needs_teacher:
-                values_n = term.hard(logits_nV, targets_n)
+                values_n = term.hard(own_nV, targets_n)
             else:
                 softness = 1.0 if term.temperature == 1.0 else temperatures[i]
-                values_n = teacher.compare(term, logits_nV, said, softness)
-            by_term.append((values_n if weights_n is None else values_n * weights_n).sum())
-        return (torch.stack(by_term) * factors).sum(), torch.stack(by_term)
+                values_n = teacher.compare(term, own_nV, said, softness)
+            if weights_n is not None:
+                values_n = (values_n * weights_n).where(weights_n != 0, 0.0)
+            by_term.append(values_n.sum())
+        sums = torch.stack(by_term)
+        return (sums * factors).where(factors != 0, 0.0).sum(), sums
 
     def sums_and_gradient(raw_nV: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         gradient_nV, result = grad_and_value(sums, has_aux=True)(raw_nV, *others[:-1])
@@ -182,10 +199,18 @@ class _ChunkedLoss(torch.autograd.Function):
         # In place and once: the buffers are this call's own, and the head's is as large as the head.
         parts = (ctx.gradients.rows_ND, ctx.gradients.weight_VD, ctx.gradients.bias_V)
         ctx.gradients = None
-        scaled = [
-            None if part is None else part.mul_(scale).to(dtype) for part, dtype in zip(parts, ctx.dtypes, strict=True)
-        ]
-        return (*scaled, None)
+        return (*(_scaled(part, scale, dtype) for part, dtype in zip(parts, ctx.dtypes, strict=True)), None)
+
+
+def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """Gradient times scale, rounded once, to `dtype`; the gradient is written over."""
+    if gradient is None or dtype is None or gradient.dtype is dtype:
+        return None if gradient is None else gradient.mul_(scale)
+    narrow = empty(tuple(gradient.shape), dtype, gradient.device)
+    row_bytes = gradient[:1].nbytes
+    for rows in slices(len(gradient), row_bytes, SCALED_BYTES):  # what was scaled is still in the cache when it is cast
+        narrow[rows] = gradient[rows].mul_(scale)
+    return narrow
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,9 +235,11 @@ class _Gradients:
         most = most_rows(Dense((side,)))
         return _Gradients(
             torch.empty(side.rows_ND.shape, dtype=arithmetic.wide, device=device) if needed[0] else None,
-            torch.empty(head.weight_VD.shape, dtype=arithmetic.wide, device=device) if needed[1] else None,
+            empty(tuple(head.weight_VD.shape), arithmetic.wide, device) if needed[1] else None,
             torch.zeros_like(side.bias_V) if needed[2] and side.bias_V is not None else None,
-            head.weight_VD.to(arithmetic.narrow) if needed[0] else None,
+            (side if side.weight_VD.dtype is arithmetic.narrow else head).weight_VD.to(arithmetic.narrow)
+            if needed[0]
+            else None,
             side.buffer(most, arithmetic.narrow) if narrow else None,
         )
 

@@ -34,8 +34,10 @@ class Ramp:
         """(1 - s) start + s end with s = progress, or s = (1 - cos(pi progress)) / 2 for a cosine.
 
         `progress` is the share of the training that is done: 0 in its first step, 1 in its last; at both the result is
-        exact. Raises ValueError for a progress outside [0, 1].
+        exact. Raises ValueError for a progress outside [0, 1] and an unknown kind.
         """
+        if self.kind not in ("linear", "cosine"):
+            raise ValueError(f"kind {self.kind} is not a way to go: use linear or cosine.")
         if not 0.0 <= progress <= 1.0:
             raise ValueError(f"progress {progress} is no share of a training: needs a number within [0, 1].")
         share = progress if self.kind == "linear" else (1.0 - math.cos(math.pi * progress)) / 2.0
@@ -153,6 +155,9 @@ class Objective(nn.Module):
             return term
         weight = term.weight * schedule.weight.at(progress) if schedule.weight else term.weight
         temperature = schedule.temperature.at(progress) if schedule.temperature else term.temperature
+        if schedule.temperature and temperature == 1.0:
+            # The same float32, but not the T = 1 that has a kernel of its own, compiled for one step.
+            temperature = math.nextafter(1.0, 2.0)
         return replace(term, weight=weight, temperature=temperature)
 
     def _losses(self) -> list[HeadLoss | HiddenLoss]:

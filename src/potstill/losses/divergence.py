@@ -61,7 +61,8 @@ def reverse_kl(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature
 def symmetric_kl(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """(KL(p || q) + KL(q || p)) / 2 = 1/2 sum_v (q_v - p_v) (log q_v - log p_v), [N].
 
-    a = (q log(q / p) - p) / 2. Half of the J of Kullback and Leibler (1951), doi:10.1214/aoms/1177729694.
+    a = (q log(q / p) - p) / 2. Infinite where one side alone rules a token out. Half of the J of Kullback and Leibler
+    (1951), doi:10.1214/aoms/1177729694.
     """
     log_q, log_p = log_probabilities(student_logits_NV, teacher_logits_NV, temperature)
     return 0.5 * ((log_q.exp() - log_p.exp()) * log_ratio(log_q, log_p)).sum(-1)

@@ -47,6 +47,10 @@ def buckets(
 
 def _rest(logits_nV: Tensor, ids_nK: Tensor, logprobs_nK: Tensor) -> Tensor:
     """Log-sum-exp over the unlisted tokens, [n]. Not log(1 - listed): that cancels where the list has nearly all."""
-    listed_nK = logits_nV.gather(-1, ids_nK)
-    hidden_nK = torch.where(logprobs_nK == -math.inf, listed_nK, torch.full_like(listed_nK, -math.inf))
+    # What fills up a row points to the likeliest listed token instead, so that it may repeat a listed one.
+    filler_nK = logprobs_nK == -math.inf
+    first_n1 = ids_nK.gather(-1, logprobs_nK.argmax(-1, keepdim=True))
+    ids_nK = torch.where(filler_nK, first_n1, ids_nK)
+    nothing_n1 = filler_nK.all(-1, keepdim=True)
+    hidden_nK = logits_nV.gather(-1, ids_nK).masked_fill(~nothing_n1, -math.inf)
     return logits_nV.scatter(-1, ids_nK, hidden_nK).logsumexp(-1)

@@ -24,7 +24,8 @@ class HeadTerm:
     """One term of the loss over the vocabulary: weight * T^2 * divergence, or weight * cross-entropy.
 
     kind         a name in `DIVERGENCES`, "cross_entropy", or your own function (student_logits_NV, teacher_logits_NV,
-                 temperature, **settings) -> [N]; it is traced once, so it must not branch on numbers in tensors
+                 temperature, **settings) -> [N]. Define it once: every new function is compiled anew. It must not write
+                 to its arguments, and parameters that it holds get no gradient
     settings     keyword arguments of that function, for example {"beta": 0.1}
     times_temperature_squared  Hinton et al. (2015), section 2.1; without effect on cross-entropy, which is at T = 1
     biased       let a divergence other than forward KL compare with a sparse teacher: over the listed tokens and one
@@ -41,7 +42,10 @@ class HeadTerm:
     biased: bool = False
 
     def __post_init__(self) -> None:
-        """Try the function on two tokens: it knows best which settings it takes, and in which ranges."""
+        """Try a function of ours on two tokens: it knows best which settings it takes, and in which ranges."""
+        own = not isinstance(self.kind, str)
+        if own and self.kind in (*DIVERGENCES.values(), cross_entropy):
+            object.__setattr__(self, "kind", self.name)
         if isinstance(self.kind, str) and self.kind not in (*DIVERGENCES, "cross_entropy"):
             known = ", ".join(("cross_entropy", *DIVERGENCES))
             raise ValueError(f"{self.kind} is not a known divergence: use one of {known}, or pass your own function.")
@@ -49,14 +53,20 @@ class HeadTerm:
             raise ValueError(f"{self.name}: temperature {self.temperature} must be a number above 0.")
         if not math.isfinite(self.weight):
             raise ValueError(f"{self.name}: weight {self.weight} must be a finite number.")
+        arguments = (None, None, 1.0) if self.needs_teacher else (None, None)
         try:
-            inspect.signature(self._function).bind(None, None, **self.settings)
+            hash(self.kind)
+            inspect.signature(self._function).bind(*arguments, **self.settings)
         except TypeError as error:
-            raise ValueError(f"{self.name}: settings {dict(self.settings)} do not fit ({error}).") from None
-        second = torch.zeros(1, 2) if self.needs_teacher else torch.zeros(1, dtype=torch.long)
-        values_N = self._function(torch.zeros(1, 2), second, **self.settings)
-        if values_N.shape != (1,):
-            raise ValueError(f"{self.name} gave {tuple(values_N.shape)} for logits [1, 2]: needs one value a row, [N].")
+            needed = (
+                "(student_logits_NV, teacher_logits_NV, temperature, **settings)" if own else "its settings by name"
+            )
+            raise ValueError(
+                f"{self.name}: settings {dict(self.settings)} do not fit ({error}). Needs {needed}, and to be hashable."
+            ) from None
+        if isinstance(self.kind, str):
+            second = torch.zeros(1, 2) if self.needs_teacher else torch.zeros(1, dtype=torch.long)
+            self._function(torch.zeros(1, 2), second, **self.settings)
 
     @property
     def name(self) -> str:
@@ -77,7 +87,8 @@ class HeadTerm:
     @property
     def pattern(self) -> HeadTerm:
         """The term without the numbers that may change from step to step: what one compiled kernel is good for."""
-        return replace(self, weight=1.0, temperature=1.0 if self.temperature == 1.0 else 2.0)
+        temperature = 1.0 if self.temperature == 1.0 else 2.0
+        return replace(self, weight=1.0, temperature=temperature, times_temperature_squared=True, biased=False)
 
     def hard(self, student_logits_NV: Tensor, targets_N: Tensor) -> Tensor:
         """The unweighted value of a term of hard labels at each position, [N]."""
@@ -85,7 +96,13 @@ class HeadTerm:
 
     def soft(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
         """The unweighted value of a term that compares with a teacher at each position, [N]."""
-        return self._function(student_logits_NV, teacher_logits_NV, temperature, **self.settings)
+        values_N = self._function(student_logits_NV, teacher_logits_NV, temperature, **self.settings)
+        if values_N.shape != student_logits_NV.shape[:1]:
+            raise ValueError(
+                f"{self.name} gave {tuple(values_N.shape)} for logits {tuple(student_logits_NV.shape)}: needs one "
+                "value a row, [N]."
+            )
+        return values_N
 
     @property
     def _function(self) -> Callable[..., Tensor]:

@@ -1,7 +1,7 @@
 """What a student may be taught to make small: one frozen model a kind of loss, and numbers that move in training.
 
-A model carries what the hallway needs to build it: what it asks of a teacher, and the settings of its formula. Refuses:
-two spellings of one divergence, and settings at which a loss is 0 whatever the student does.
+A model carries what the hallway needs to build it: what it asks of a teacher, and the settings of its formula. Refuses
+settings at which a loss is 0 whatever the student does.
 """
 
 from __future__ import annotations
