@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from potstill.errors import PotstillError, RecipeError, RunError
-from potstill.pipeline import run
+from potstill.pipeline import arms, run, telling
 from potstill.pipeline.chain import load_chain, settle
+from potstill.pipeline.inspection import inspect_recipe
 from potstill.pipeline.plan import print_plan
 from potstill.pipeline.run import STAGES, explain_run, is_trained, run_recipe
 from potstill.pipeline.rundir import open_run
 from potstill.recipes import Recipe, load_recipe
+from potstill.students import save_student
 from potstill.training import CheckpointStore
 
 SHORT = {"control": {"enabled": False}}
@@ -98,7 +101,7 @@ def test_the_saved_recipe_finds_the_assistant_from_everywhere(finished, tmp_path
 def test_a_finished_chain_is_not_walked_again(finished, caplog):
     caplog.set_level(logging.INFO)
     run_recipe(load_recipe(finished))
-    assert caplog.text.count("all done before: nothing to do") == 2
+    assert caplog.text.count("all done before: nothing to do") == 1
 
 
 @pytest.mark.parametrize(
@@ -106,7 +109,7 @@ def test_a_finished_chain_is_not_walked_again(finished, caplog):
     [
         ({"report": {"title": "Another"}}, []),
         ({"evaluation": {"max_rows": 4}}, []),
-        ({"seed": 3}, STAGES_RUN),
+        ({"student": {"kind": "layers", "keep": [0, 1, 3]}}, STAGES_RUN),
         ({"losses": [{"kind": "reverse_kl"}]}, STAGES_RUN),
     ],
 )
@@ -234,8 +237,8 @@ def test_two_runs_of_a_chain_in_one_folder_are_refused(final):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, r"^teacher\.recipe: in .*assistant\.yaml: .*there is no such file"),
-        ("[1, 2]", r"^teacher\.recipe: in .*assistant\.yaml: .*needs a mapping of keys"),
+        (None, r"^teacher\.recipe: /.*assistant\.yaml: there is no such file"),
+        ("[1, 2]", r"^teacher\.recipe: /.*assistant\.yaml: .*needs a mapping of keys"),
         ('{"name": "x"}', r"^teacher\.recipe: in .*assistant\.yaml: data: missing"),
     ],
 )
@@ -244,3 +247,81 @@ def test_an_assistant_that_is_no_recipe_is_named(final, text, words):
     file.unlink() if text is None else file.write_text(text)
     with pytest.raises(PotstillError, match=words):
         run_recipe(load_recipe(final))
+
+
+@pytest.mark.parametrize("keys", [{"seed": 5}, {"data": {"splits": {"validation": 0.1, "test": 0.3}}}])
+def test_an_assistant_that_would_train_on_what_is_held_out_is_refused(final, keys):
+    tiny = json.loads(final.with_name("assistant.yaml").read_text())
+    data = {**tiny["data"], **keys.get("data", {})}
+    change(final.with_name("assistant.yaml"), **{**keys, "data": data})
+    with pytest.raises(RecipeError, match=r"holds out other documents of .*Give both the same seed and data\.splits"):
+        load_chain(load_recipe(final))
+
+
+def test_of_an_assistant_with_other_data_the_report_says_that_nobody_looked(finished, tmp_path):
+    other = tmp_path / "assistant.yaml"
+    tiny = json.loads(finished.with_name("assistant.yaml").read_text())
+    change(other, tiny, seed=5, data={**tiny["data"], "source": "elsewhere.jsonl"})
+    recipe = load_recipe(finished)
+    recipe = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"recipe": str(other)})})
+    (_, note) = telling._teacher_notes(recipe)
+    assert "was trained on other data (elsewhere.jsonl)" in note
+    assert "was not checked" in note
+
+
+def test_what_is_wrong_with_the_data_shows_before_the_assistant_runs(final):
+    tiny = json.loads(final.read_text())
+    change(final, data={**tiny["data"], "text": "nocolumn"})
+    recipe = load_recipe(final)
+    with pytest.raises(PotstillError, match="nocolumn"):
+        run_recipe(recipe)
+    assert not (load_chain(recipe)[0].folder / "train").exists()
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """The finished chain's recipes and run folders once more, to be changed."""
+    for name in ("assistant", "final"):
+        shutil.copytree(finished.with_name(name), tmp_path / name)
+        change(tmp_path / f"{name}.yaml", json.loads(finished.with_name(f"{name}.yaml").read_text()))
+        change(tmp_path / f"{name}.yaml", run_dir=str(tmp_path / name))
+    return tmp_path / "final.yaml"
+
+
+def _save_rounded(model: Any, *others: Any) -> None:
+    """Another machine's training ends in other last digits."""
+    for parameter in model.parameters():
+        parameter.data.mul_(1.001)
+    save_student(model, *others)
+
+
+def test_an_assistant_with_other_weights_is_refused_by_what_learned_from_the_former(copied, monkeypatch):
+    recipe = load_recipe(copied)
+    (assistant,) = load_chain(recipe)
+    shutil.rmtree(assistant.folder)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(arms, "save_student", _save_rounded)
+        run_recipe(assistant)
+    other = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"max_rows": 3})})
+    with pytest.raises(PotstillError, match=r"trained again since initialise, train of this run.*Delete .*initialise"):
+        run_recipe(other)
+
+
+def test_a_finished_run_needs_its_assistant_no_more(copied, caplog):
+    caplog.set_level(logging.INFO)
+    recipe = load_recipe(copied)
+    shutil.rmtree(load_chain(recipe)[0].folder)
+    run_recipe(recipe)
+    assert "all done before: nothing to do" in caplog.text
+    run_recipe(recipe.model_copy(update={"report": recipe.report.model_copy(update={"title": "Another"})}))
+    assert "Another" in (recipe.folder / "report" / "report.md").read_text()
+    assert not load_chain(recipe)[0].folder.exists()
+
+
+def test_a_finished_assistant_is_known_by_its_student_alone(copied):
+    change(
+        copied.with_name("assistant.yaml"),
+        training={**json.loads(copied.read_text())["training"], "trackers": ["wandb"]},
+    )
+    found = inspect_recipe(load_recipe(copied))
+    assert found.teachers[0].config.num_hidden_layers == 3

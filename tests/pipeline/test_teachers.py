@@ -204,3 +204,11 @@ def test_a_source_on_which_nobody_has_a_say_is_refused_at_once(load, tiny_llama,
     run_recipe(load(), until="prepare")
     with pytest.raises(RecipeError, match=words):  # prepared before, with other weights
         run_recipe(load(f"teacher.members={mute}"), until="initialise")
+
+
+def test_a_pattern_that_fits_no_source_is_refused(load, two_sources):
+    recipe = load(sources={"code*": 3.0, "Talk*": 2.0, str(two_sources / "talk.jsonl"): 1.0})
+    with pytest.raises(
+        RecipeError, match=r"members\[1\]\.sources: Talk\*, .*talk\.jsonl fits none.*code\.jsonl, talk\.jsonl"
+    ):
+        run_recipe(recipe)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -101,11 +102,24 @@ def teachers_of(recipe: Recipe) -> Mapping[str, Member]:
     raise ValueError("teacher.kind=run has no model of its own: settle the recipe first, when its assistant is trained")
 
 
-def check_sources(recipe: Recipe, sources: Iterable[str]) -> None:
-    """Raises RecipeError naming a source of documents on which no member of the teacher has a say."""
-    if isinstance(recipe.teacher, MixtureTeacher):
-        for source in sources:
-            shares_of([member.weight_for(source) for member in recipe.teacher.members], source)
+def check_sources(recipe: Recipe, sources: Iterable[str], *, complete: bool = True) -> None:
+    """Raises RecipeError naming a source on which no member of the teacher has a say, or a pattern that fits none.
+
+    `complete` says that there are no other sources.
+    """
+    if not isinstance(recipe.teacher, MixtureTeacher):
+        return
+    found = sorted(sources)
+    for source in found:
+        shares_of([member.weight_for(source) for member in recipe.teacher.members], source)
+    for number, member in enumerate(recipe.teacher.members):
+        idle = [pattern for pattern in member.sources if not any(fnmatchcase(source, pattern) for source in found)]
+        if complete and idle:
+            raise RecipeError(
+                f"teacher.members[{number}].sources: {', '.join(idle)} fits none of the sources: "
+                f"{', '.join(found[:8])}{', ...' if len(found) > 8 else ''}. Patterns are for file names, without "
+                "folders, and mind the case."
+            )
 
 
 def build_engine(model: str, dtype: str, device: Any, key: str) -> LocalEngine:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 from potstill.errors import Interrupted, PotstillError, RecipeError
@@ -29,6 +30,7 @@ def load_chain(recipe: Recipe) -> tuple[Recipe, ...]:
         files.append(teacher.recipe)
         chain.append(_load(teacher.recipe))
     _check_folders(chain)
+    _check_held_out(chain)
     return tuple(chain[1:])
 
 
@@ -61,8 +63,8 @@ def _load(file: str) -> Recipe:
     try:
         return load_recipe(file)
     except RecipeError as error:
-        lines = [f"teacher.recipe: in {file}: {line}" for line in str(error).splitlines()]
-        raise RecipeError("\n".join(lines)) from error
+        lines = [line if line.startswith(file) else f"in {file}: {line}" for line in str(error).splitlines()]
+        raise RecipeError("\n".join(f"teacher.recipe: {line}" for line in lines)) from error
 
 
 def _circle(files: list[str]) -> RecipeError:
@@ -81,3 +83,20 @@ def _check_folders(chain: list[Recipe]) -> None:
                 f"teacher.recipe: {recipe.name} and the run that it is to teach have one folder, {recipe.folder}. Give "
                 "one of them another name or run_dir."
             )
+
+
+def _check_held_out(chain: list[Recipe]) -> None:
+    """Refuse an assistant that trains on what a run of the chain holds out of the same data."""
+    for recipe, assistant in pairwise(chain):
+        same = recipe.data.source == assistant.data.source
+        if same and (recipe.seed, recipe.data.splits) != (assistant.seed, assistant.data.splits):
+            raise RecipeError(
+                f"teacher.recipe: {assistant.name} holds out other documents of {recipe.data.source} (seed "
+                f"{assistant.seed}, {_shares(assistant)}) than {recipe.name} (seed {recipe.seed}, {_shares(recipe)}), "
+                "and would have been trained on what its student is tested on. Give both the same seed and data.splits."
+            )
+
+
+def _shares(recipe: Recipe) -> str:
+    splits = recipe.data.splits
+    return f"splits {splits.validation:g} and {splits.test:g}"

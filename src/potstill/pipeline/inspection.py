@@ -16,10 +16,11 @@ from potstill.engines import load_tokenizer, pick_device
 from potstill.engines.local import load_config
 from potstill.errors import RecipeError
 from potstill.pipeline import build
-from potstill.pipeline.chain import blaming, load_chain
+from potstill.pipeline.chain import blaming, load_chain, student_folder
 from potstill.pipeline.layers import count_layers
 from potstill.pipeline.metrics import check_trackers
 from potstill.pipeline.places import resolve_data, resolve_model, source_bytes
+from potstill.pipeline.run import is_trained
 from potstill.recipes import Recipe
 from potstill.recipes.schema import FreshStudent, LayersStudent, PretrainedStudent
 from potstill.signals import shared_vocabulary
@@ -102,6 +103,10 @@ def stage_bytes(recipe: Recipe, found: Inspection) -> Mapping[str, int]:
 def _blank_teachers(recipe: Recipe) -> tuple[tuple[Any, ...], Any]:
     """The models that teach, without weights, and the tokenizer of the first."""
     for assistant in load_chain(recipe)[:1]:
+        if is_trained(assistant):
+            folder = str(student_folder(assistant))
+            model = build.blank_model(load_config(folder, "teacher.recipe"), "teacher.recipe")
+            return (model,), load_tokenizer(folder, "teacher.recipe")
         with blaming(assistant):
             found = inspect_recipe(assistant)
         return (found.student,), found.student_tokenizer

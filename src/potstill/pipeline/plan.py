@@ -70,7 +70,7 @@ def print_plan(recipe: Recipe, *, measure: bool) -> None:
     check_unlocked(recipe.folder)
     found = inspect_recipe(recipe)
     survey = survey_data(recipe, SURVEYED_DOCUMENTS)
-    build.check_sources(recipe, survey.sources)
+    build.check_sources(recipe, survey.sources, complete=survey.complete)
     estimate = estimate_run(recipe, found, survey)
     statuses = explain_run(recipe)
     if any(status.state != "done" for status in statuses):

@@ -30,6 +30,10 @@ STAGES = ("prepare", "initialise", "train", "control", "evaluate", "report")
 ROWS = "rows that know their sources"
 """Which rows prepare writes: another text here makes those of earlier versions stale."""
 
+ASSISTANT = "assistant"
+LOOKED_AT = 2000
+"""Documents that are looked at before an assistant is trained for hours."""
+
 FREE_TRAINING_KEYS = {"checkpoint", "trackers"}
 """Settings of the training that change how it is watched and kept, not what comes out of it."""
 
@@ -79,17 +83,22 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, stopping: Stopping |
         due = [status.stage for status in statuses if status.state != "done"]
         # Before the assistant's run: what is wrong with this recipe should not show hours later.
         walk = _Walk(recipe, settle(recipe), run.folder, stopping or Stopping(), _stage_bytes(recipe, set(due)))
-        walk.run_assistant()
+        if due:
+            walk.check_room(due[0])
+            run.write_recipe(dump_recipe(recipe))
+        if set(due) - {"report"}:
+            walk.check_data(set(due))
+            walk.run_assistant()
+            walk.check_same_assistant(run, [name for name in wanted if name not in due])
         _report_states(statuses)
         if not due:
             _log.info("all done before: nothing to do")
             return recipe.folder
-        walk.check_room(due[0])
-        run.write_recipe(dump_recipe(recipe))
         for position, name in enumerate(due):
             walk.check_room(name)
-            walk.check_assistant()
-            with run.stage(name, fingerprints[name], seed=recipe.seed) as stage:
+            if name != "report":
+                walk.check_assistant()
+            with run.stage(name, fingerprints[name], inputs=walk.inputs(), seed=recipe.seed) as stage:
                 walk.work(name, stage)
                 manifest = run.manifest(name)
             _log.info("%s: done in %.0f s, %.1f GB", name, manifest.wall_s, manifest.peak_rss_bytes / 1e9)
@@ -113,6 +122,36 @@ class _Walk:
             with blaming(assistant):
                 run_recipe(assistant, stopping=self.stopping)
             _log.info("%s, in %s:", self.asked.name, self.folder)
+
+    def check_data(self, due: set[str]) -> None:
+        """Look at the first documents where an assistant's run would come before they are read."""
+        if "prepare" in due and isinstance(self.asked.teacher, RunTeacher):
+            from potstill.pipeline.survey import survey_data
+
+            survey_data(self.asked, LOOKED_AT)
+
+    def inputs(self) -> Mapping[str, str]:
+        """What tells the assistant's student from another one that the same recipe made."""
+        found = {}
+        for assistant in load_chain(self.asked)[:1]:
+            if is_trained(assistant):
+                outputs = RunDir(assistant.folder).manifest("train").outputs
+                weights = {
+                    name: [file.size, file.blake2b] for name, file in outputs.items() if name.startswith(STUDENT)
+                }
+                found[ASSISTANT] = fingerprint(weights)
+        return found
+
+    def check_same_assistant(self, run: RunDir, done: Sequence[str]) -> None:
+        """Refuse to go on with another student than the one that taught in the stages that are done."""
+        now = self.inputs().get(ASSISTANT)
+        others = [name for name in done if name != "prepare" and run.manifest(name).inputs.get(ASSISTANT) != now]
+        if now and others:
+            raise RunError(
+                f"teacher.recipe: the assistant was trained again since {', '.join(others)} of this run, and has other "
+                f"weights now: results would be of two teachers. Delete {self.folder / others[0]} and what was done "
+                "after it, or use another run_dir."
+            )
 
     def check_assistant(self) -> None:
         """Refuse a teacher that is not, or no longer, the student that this run's fingerprints speak of."""

@@ -24,7 +24,7 @@ from potstill.pipeline.prompts import dump_examples
 from potstill.pipeline.rundir import Stage
 from potstill.pipeline.survey import SPLITS, read_split, survey_data
 from potstill.recipes import Recipe
-from potstill.recipes.schema import FreshStudent, LayersStudent
+from potstill.recipes.schema import FreshStudent, LayersStudent, MixtureTeacher
 from potstill.signals import shared_vocabulary
 from potstill.students import cut_layers, fresh_model, save_student
 
@@ -59,8 +59,9 @@ def prepare(recipe: Recipe, stage: Stage) -> None:
 
 def initialise(recipe: Recipe, stage: Stage, prepared: Path) -> None:
     """Make the student's first weights: the same for the student, the control arm and the untrained arm."""
-    for split in SPLITS:  # the recipe may weigh its teachers otherwise than when these were prepared
-        build.check_sources(recipe, PackedRows(prepared / split).sources())
+    if isinstance(recipe.teacher, MixtureTeacher):
+        # Here too: the recipe may weigh its teachers otherwise than when these were prepared.
+        build.check_sources(recipe, set().union(*(PackedRows(prepared / split).sources() for split in SPLITS)))
     teacher = build.build_teacher(recipe)
     teachers = models_of(teacher)
     student, tokenizer, facts = _make_student(recipe, teacher, prepared)

@@ -89,6 +89,12 @@ def _teacher_notes(recipe: Recipe) -> tuple[str, ...]:
         f"what the student kept is measured against the assistant {assistant.name}, not against the assistant's teacher"
         for assistant in load_chain(recipe)[:1]
     ]
+    notes += [
+        f"the assistant {assistant.name} was trained on other data ({assistant.data.source}): whether that holds "
+        "documents which are held out here was not checked"
+        for assistant in load_chain(recipe)
+        if assistant.data.source != recipe.data.source
+    ]
     if isinstance(recipe.teacher, MixtureTeacher) and any(member.sources for member in recipe.teacher.members):
         notes.append("the teacher's samples are written with its members' plain weights: a prompt has no source")
     return tuple(notes)
@@ -117,21 +123,22 @@ def _student_name(recipe: Recipe, facts: dict[str, Any]) -> str:
 
 
 def _origin(recipe: Recipe, facts: dict[str, Any]) -> str:
+    first = "first " if isinstance(recipe.teacher, MixtureTeacher) else ""
     if isinstance(recipe.student, LayersStudent):
         rule = recipe.student.keep if isinstance(recipe.student.keep, str) else "listed"
         kept = ", ".join(map(str, facts["layers"]))
-        return f"Cut from the teacher: layers {kept} ({rule} choice), with its embeddings, final norm and head."
+        return f"Cut from the {first}teacher: layers {kept} ({rule} choice), with its embeddings, final norm and head."
     if isinstance(recipe.student, FreshStudent):
-        return "The teacher's architecture with other sizes and random weights."
+        return f"The {first}teacher's architecture with other sizes and random weights."
     return f"Pretrained: {recipe.student.model}."
 
 
 def _term(term: LossTerm) -> str:
-    weight = "" if term.weight == 1.0 else f"{_number(term.weight)} "
+    weight = "" if _number(term.weight) == "1" else f"{_number(term.weight)} "
     settings = term.settings if isinstance(term, VocabularyTerm) else {}
     details = [f"{name} = {value:g}" for name, value in settings.items() if value or name != "label_smoothing"]
     if isinstance(term, SoftTerm):
-        squared = ", times T^2" if term.times_temperature_squared and term.temperature != 1.0 else ""
+        squared = ", times T^2" if term.times_temperature_squared and _number(term.temperature) != "1" else ""
         details.append(f"T = {_number(term.temperature)}{squared}")
     return f"{weight}{term.kind}" + (f" ({', '.join(details)})" if details else "")
 
@@ -139,6 +146,8 @@ def _term(term: LossTerm) -> str:
 def _number(number: float | LinearRamp | CosineRamp | ConstantRamp) -> str:
     if isinstance(number, float):
         return f"{number:g}"
+    if isinstance(number, ConstantRamp):
+        return f"{number.value:g}"
     return " to ".join(f"{end:g}" for end in number.ends.values())
 
 
