@@ -325,3 +325,13 @@ def test_a_finished_assistant_is_known_by_its_student_alone(copied):
     )
     found = inspect_recipe(load_recipe(copied))
     assert found.teachers[0].config.num_hidden_layers == 3
+
+
+def test_the_control_arm_of_a_chain_learns_hard_labels_alone(final):
+    change(final, control={"enabled": True})
+    recipe = load_recipe(final)
+    run_recipe(recipe)
+    lines = [json.loads(line) for line in (recipe.folder / "control" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["loss"] == pytest.approx(line["cross_entropy"]) for line in lines)
+    measured = json.loads((recipe.folder / "evaluate" / "measurements.json").read_text())
+    assert {row["arm"] for row in measured} == {"teacher", "untrained", "control", "student"}

@@ -87,6 +87,11 @@ class LocalEngine:
         named = 1 + max(tokenizer.get_vocab().values())  # its length is less where numbers are left out
         self._reader = CausalReader(model, min(named, model.get_output_embeddings().weight.shape[0]))
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the head that stand for a token."""
+        return self._reader.vocabulary
+
     def read(self, batch: Batch, wants: Wants) -> Signal:
         """What the model says about `batch`; no gradient."""
         return self._reader.read(batch, wants)

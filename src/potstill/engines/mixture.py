@@ -103,7 +103,7 @@ class _Mixing:
         self._others = [member.model for member in members[1:]]
         self._caches: list[Any] = [None for _ in self._others]
         self._log_shares = torch.tensor(shares).log().tolist()
-        self._vocabulary = min(_named(member) for member in members)
+        self._vocabulary = min(member.vocabulary for member in members)
 
     def __call__(self, _module: Any, _args: Any, given: dict[str, Any], output: Any) -> Any:
         ids_BT, length = given["input_ids"], output.past_key_values.get_seq_length()
@@ -134,9 +134,3 @@ class _Mixing:
         )
         self._caches[number] = output.past_key_values
         return cast(Tensor, output.logits[:, -1])
-
-
-def _named(engine: LocalEngine) -> int:
-    """Rows of the head that stand for a token."""
-    rows: int = engine.model.get_output_embeddings().weight.shape[0]
-    return min(rows, 1 + int(max(engine.tokenizer.get_vocab().values())))

@@ -17,8 +17,6 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor
 
-from potstill.losses.pages import empty
-
 __all__ = ["Arithmetic", "slices"]
 
 SLAB_BYTES = {"cpu": 14 << 20, "cuda": 256 << 20}
@@ -77,7 +75,7 @@ class Arithmetic:
             out = rows_nD.new_empty(len(rows_nD), len(weight_VD)) if out is None else out
             slabs = list(self._slabs(weight_VD))
             most = max(slab.stop - slab.start for slab in slabs)
-            wide_VD = empty((most, weight_VD.shape[1]), self.wide, weight_VD.device)
+            wide_VD = rows_nD.new_empty(most, weight_VD.shape[1])
             for slab in slabs:
                 slab_VD = wide_VD[: slab.stop - slab.start].copy_(weight_VD[slab])
                 torch.mm(rows_nD, slab_VD.T, out=out[:, slab])

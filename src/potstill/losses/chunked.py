@@ -23,7 +23,6 @@ from potstill.losses.arithmetic import slices
 from potstill.losses.blocks import blocks, most_rows, tiles
 from potstill.losses.compiling import compile_varying, worth_compiling
 from potstill.losses.fitting import refuse_misfits
-from potstill.losses.pages import empty
 from potstill.losses.sides import Dense, Finish, Form, Side, open_logits
 from potstill.losses.terms import HeadTerm
 from potstill.types import Head, LossSum, States, TeacherLogits
@@ -206,7 +205,7 @@ def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype | None) -
     """Gradient times scale, rounded once, to `dtype`; the gradient is written over."""
     if gradient is None or dtype is None or gradient.dtype is dtype:
         return None if gradient is None else gradient.mul_(scale)
-    narrow = empty(tuple(gradient.shape), dtype, gradient.device)
+    narrow = torch.empty_like(gradient, dtype=dtype)
     row_bytes = gradient[:1].nbytes
     for rows in slices(len(gradient), row_bytes, SCALED_BYTES):  # what was scaled is still in the cache when it is cast
         narrow[rows] = gradient[rows].mul_(scale)
@@ -235,7 +234,7 @@ class _Gradients:
         most = most_rows(Dense((side,)))
         return _Gradients(
             torch.empty(side.rows_ND.shape, dtype=arithmetic.wide, device=device) if needed[0] else None,
-            empty(tuple(head.weight_VD.shape), arithmetic.wide, device) if needed[1] else None,
+            torch.empty(head.weight_VD.shape, dtype=arithmetic.wide, device=device) if needed[1] else None,
             torch.zeros_like(side.bias_V) if needed[2] and side.bias_V is not None else None,
             (side if side.weight_VD.dtype is arithmetic.narrow else head).weight_VD.to(arithmetic.narrow)
             if needed[0]

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from potstill.losses.arithmetic import Arithmetic
-from potstill.losses.pages import empty
 from potstill.losses.sparse import buckets, tail_bucket_kl
 from potstill.losses.terms import HeadTerm
 from potstill.types import Head, Mixture, States, TeacherLogits
@@ -70,7 +69,7 @@ class Side:
     def buffer(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
         """Memory for so many rows of raw products. Fresh memory for every chunk would cost many page faults."""
         size = (rows, self.weight_VD.shape[0])
-        return empty(size, dtype or self.arithmetic.wide, self.rows_ND.device)
+        return torch.empty(size, dtype=dtype or self.arithmetic.wide, device=self.rows_ND.device)
 
     def raw(self, rows: slice, buffer: Tensor) -> Tensor:
         """Raw products of these rows, [n, V], in the first rows of `buffer`."""
