@@ -31,6 +31,8 @@ ROWS = "rows that know their sources"
 """Which rows prepare writes: another text here makes those of earlier versions stale."""
 
 ASSISTANT = "assistant"
+"""Name of the assistant's student among the inputs of a stage."""
+
 LOOKED_AT = 2000
 """Documents that are looked at before an assistant is trained for hours."""
 
@@ -135,11 +137,14 @@ class _Walk:
         found = {}
         for assistant in load_chain(self.asked)[:1]:
             if is_trained(assistant):
-                outputs = RunDir(assistant.folder).manifest("train").outputs
-                weights = {
-                    name: [file.size, file.blake2b] for name, file in outputs.items() if name.startswith(STUDENT)
+                trained = RunDir(assistant.folder).manifest("train")
+                # Files too large to be hashed are told by when their training ended: equal sizes say nothing.
+                files = {
+                    name: [file.size, file.blake2b or trained.finished_at]
+                    for name, file in trained.outputs.items()
+                    if name.startswith(STUDENT)
                 }
-                found[ASSISTANT] = fingerprint(weights)
+                found[ASSISTANT] = fingerprint(files)
         return found
 
     def check_same_assistant(self, run: RunDir, done: Sequence[str]) -> None:
@@ -148,9 +153,9 @@ class _Walk:
         others = [name for name in done if name != "prepare" and run.manifest(name).inputs.get(ASSISTANT) != now]
         if now and others:
             raise RunError(
-                f"teacher.recipe: the assistant was trained again since {', '.join(others)} of this run, and has other "
-                f"weights now: results would be of two teachers. Delete {self.folder / others[0]} and what was done "
-                "after it, or use another run_dir."
+                f"teacher.recipe: the assistant was trained again since {', '.join(others)} of this run: with other "
+                f"weights, results would be of two teachers. Delete {self.folder / others[0]} and what was done after "
+                "it, or use another run_dir."
             )
 
     def check_assistant(self) -> None:
