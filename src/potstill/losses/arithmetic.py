@@ -92,8 +92,11 @@ class Arithmetic:
         """Write gradient^T rows to the wide `out_VD`, or add it; `gradient_nV` is wide if `in_place`, else narrow."""
         if gradient_nV.dtype is self.wide:
             with self._units():
-                operands = gradient_nV.T, self.widen(rows_nD)
-                _ = torch.addmm(out_VD, *operands, out=out_VD) if add else torch.mm(*operands, out=out_VD)
+                rows_nD = self.widen(rows_nD)
+                if add:
+                    torch.addmm(out_VD, gradient_nV.T, rows_nD, out=out_VD)
+                else:
+                    torch.mm(gradient_nV.T, rows_nD, out=out_VD)
             return
         for slab in self._slabs(out_VD):
             part_VD = torch.mm(gradient_nV[:, slab].T, rows_nD.to(self.narrow), out_dtype=self.wide)

@@ -21,7 +21,7 @@ from torch.func import grad_and_value
 
 from potstill.losses.arithmetic import slices
 from potstill.losses.blocks import blocks, most_rows, tiles
-from potstill.losses.compiling import compile_varying, worth_compiling
+from potstill.losses.compiling import KERNELS, compile_varying, worth_compiling
 from potstill.losses.fitting import refuse_misfits
 from potstill.losses.sides import Dense, Finish, Form, Side, open_logits
 from potstill.losses.terms import HeadTerm
@@ -36,9 +36,6 @@ HOOKED = (
 
 SCALED_BYTES = 4 << 20
 """Part of a gradient that is scaled and cast at once."""
-
-KERNELS = 64
-"""Kernels that are remembered; one's own functions, made anew for every call, must not pile up."""
 
 
 def distillation_loss(

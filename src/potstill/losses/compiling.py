@@ -11,7 +11,10 @@ from typing import Any, cast
 
 import torch
 
-__all__ = ["can_compile", "compile_varying", "worth_compiling"]
+__all__ = ["KERNELS", "can_compile", "compile_varying", "worth_compiling"]
+
+KERNELS = 64
+"""Kernels of one sort that are remembered; one's own functions, made anew for every call, must not pile up."""
 
 WORTH_COMPILING = 1 << 24
 """Logits a call must have for compilation to be worth its seconds."""

@@ -85,11 +85,13 @@ def _refuse_devices(student: States, **others: Tensor | TeacherLogits | None) ->
 
 def _tensors(part: Tensor | TeacherLogits | None) -> tuple[Tensor, ...]:
     if isinstance(part, States):
-        return part.rows_ND, part.head.weight_VD
+        bias_V = part.head.bias_V
+        return (part.rows_ND, part.head.weight_VD) if bias_V is None else (part.rows_ND, part.head.weight_VD, bias_V)
     if isinstance(part, Mixture):
         return part.weights_NM, *(tensor for member in part.members for tensor in _tensors(member))
     if isinstance(part, SparseLogits):
-        return part.ids_NK, part.logprobs_NK
+        listed = part.ids_NK, part.logprobs_NK
+        return listed if part.tail_N is None else (*listed, part.tail_N)
     return () if part is None else (part,)
 
 

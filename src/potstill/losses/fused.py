@@ -30,6 +30,8 @@ from potstill.losses.divergence import (
 __all__ = ["FUSED"]
 
 LEAST_WEIGHT = 0.05
+"""Share of the mixture's first side below which log(M / p) is left to the definition."""
+
 LARGEST_GAP = 80.0
 """e^80 is finite in float32, and e^-80 of a probability is nothing beside it."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from potstill.losses.blocks import blocks, tiles
-from potstill.losses.compiling import compile_varying, worth_compiling
+from potstill.losses.compiling import KERNELS, compile_varying, worth_compiling
 from potstill.losses.divergence import cross_entropy, forward_kl
 from potstill.losses.fitting import refuse_unscorable
 from potstill.losses.sides import Dense, DenseForm, Side, open_logits
@@ -50,7 +50,7 @@ def head_logits(rows_nD: Tensor, head: Head) -> Tensor:
     return side.finish(side.raw(slice(None), side.buffer(len(rows_nD))), side.bias_V)
 
 
-@functools.lru_cache(64)
+@functools.lru_cache(KERNELS)
 def _scores(arm: DenseForm, teacher: DenseForm, compiling: bool) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     def scores(arm_said: Any, teacher_said: Any, targets_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits_nV, teacher_nV = arm.logits(arm_said, 1.0), teacher.logits(teacher_said, 1.0)

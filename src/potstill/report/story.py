@@ -70,7 +70,7 @@ class Story:
     """One run, ready to be told.
 
     title           the page's name
-    teacher         the teacher's id or folder, as the recipe has it
+    teacher         the teacher as the recipe has it: an id or folder, the members of a mixture, or whose student it is
     student         noun phrase that can follow "The", for example "15-layer student"
     student_origin  one sentence: how the student was made before training; empty where there is nothing to say
     objective       the losses in one line, for example "forward_kl (T = 2) + 0.1 cross_entropy"
