@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from potstill.recipes import load_recipe, losses, schema, shipped_recipes, teachers
+from potstill.recipes import load_recipe, losses, schema, shipped_recipes, signals, teachers
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -36,6 +36,8 @@ SECTIONS = {
     "Sizes": schema.CausalConfig,
     **{f"Loss: {kind_of(model)}": model for model in get_args(get_args(losses.LossTerm)[0])},
     **{f"Ramp: {kind_of(model)}": model for model in get_args(get_args(losses.Ramp)[0])},
+    **{f"Signals: {kind_of(model)}": model for model in get_args(get_args(signals.Signals)[0])},
+    **{f"Positions: {kind_of(model)}": model for model in get_args(get_args(signals.Positions)[0])},
     "Training": schema.Training,
     "Schedule: cosine": schema.CosineSchedule,
     "Schedule: constant": schema.ConstantSchedule,
@@ -76,7 +78,7 @@ def source_files() -> list[str]:
 def test_every_model_of_the_schema_has_a_section():
     models = {
         model
-        for module in (schema, losses, teachers)
+        for module in (schema, losses, signals, teachers)
         for model in vars(module).values()
         if isinstance(model, type) and issubclass(model, BaseModel) and model.__module__ == module.__name__
     }

@@ -34,11 +34,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 samples_app = typer.Typer(no_args_is_help=True, help="Real models and data to try things on.")
+signals_app = typer.Typer(no_args_is_help=True, help="Stores of what teachers said.")
 recipes_app = typer.Typer(no_args_is_help=True, help="Recipes that come with potstill.")
 app.add_typer(samples_app, name="samples")
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(signals_app, name="signals")
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
+StorePlace = Annotated[str, typer.Argument(metavar="STORE", help="A folder, or s3://, gs:// or az:// place.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, for example training.steps=50.")
 ]
@@ -113,6 +116,58 @@ for _name, _about in {
     "report": "Write the report (and all before it).",
 }.items():
     app.command(name=_name)(_stage_command(_name, _about))
+
+
+@app.command()
+def capture(
+    recipe: RecipeFile,
+    set: Overrides = None,
+    part: Annotated[
+        str | None,
+        typer.Option("--part", metavar="I/N", help="Only part I of N (1/4 to 4/4): N processes can share the work."),
+    ] = None,
+) -> None:
+    """Have the teacher read, once, what the training needs (and all before it)."""
+    if part is None:
+        _walk(recipe, set, "capture")
+        return
+    with stoppable() as stopping:
+        loaded = _load(recipe, set)
+        _quiet_libraries()
+        from potstill.pipeline.run import run_part
+
+        typer.echo(run_part(loaded, part, stopping))
+
+
+@signals_app.command("verify")
+def signals_verify(store: StorePlace) -> None:
+    """Check every byte of a store of signals; exit code 1 where something is damaged."""
+    from potstill.pipeline.stores import verify_store
+
+    found = verify_store(store)
+    for line in found.lines:
+        typer.echo(line)
+    if not found.whole:
+        raise typer.Exit(1)
+
+
+@signals_app.command("stats")
+def signals_stats(store: StorePlace) -> None:
+    """Say whose words a store keeps, how many, and at how many bytes."""
+    from potstill.pipeline.stores import describe_store
+
+    for line in describe_store(store):
+        typer.echo(line)
+
+
+@signals_app.command("export")
+def signals_export(
+    store: StorePlace, path: Annotated[Path, typer.Argument(metavar="FILE", help="A .parquet file to write.")]
+) -> None:
+    """Write a store as Parquet, for pandas or DuckDB: one row a position."""
+    from potstill.pipeline.stores import export_store
+
+    typer.echo(export_store(store, path))
 
 
 @app.command()

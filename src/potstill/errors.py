@@ -8,6 +8,7 @@
     ├── SampleError (OSError)               a sample could not be fetched, or is not what its hash says
     ├── RunError (RuntimeError)             the run folder is locked, unwritable, full or damaged
     │   └── CheckpointError                 no checkpoint of this run is whole
+    ├── StoreError (RuntimeError)           a store of signals is damaged, of another teacher, or cannot be reached
     ├── NonFiniteError (ArithmeticError)    a loss or gradient is not a number
     ├── MissingExtra (ImportError)          an optional package is needed; names the extra
     └── Interrupted (RuntimeError)          asked to stop; state is saved and the same command continues
@@ -26,6 +27,7 @@ __all__ = [
     "RecipeError",
     "RunError",
     "SampleError",
+    "StoreError",
     "VocabularyMismatch",
 ]
 
@@ -60,6 +62,10 @@ class RunError(PotstillError, RuntimeError):
 
 class CheckpointError(RunError):
     """No checkpoint of this run can be read back whole."""
+
+
+class StoreError(PotstillError, RuntimeError):
+    """A store of signals is damaged, is of another teacher, or cannot be reached."""
 
 
 class NonFiniteError(PotstillError, ArithmeticError):

@@ -24,6 +24,7 @@ __all__ = [
     "Head",
     "Lesson",
     "LessonSource",
+    "Logits",
     "Loss",
     "LossSum",
     "Measurement",
@@ -78,6 +79,7 @@ class Batch:
                  ids never cross a segment
     examples     per row, the example id of each segment: `examples[b][s - 1]`
     sources      per row, the source of each segment's example; empty where nobody recorded it
+    taught_BT    bool, the supervised positions at which the teacher speaks; None for all of them
     """
 
     ids_BT: Tensor
@@ -85,6 +87,7 @@ class Batch:
     segments_BT: Tensor
     examples: tuple[tuple[str, ...], ...] = ()
     sources: tuple[tuple[str, ...], ...] = ()
+    taught_BT: Tensor | None = None
 
     @property
     def positions_BT(self) -> Tensor:
@@ -107,6 +110,11 @@ class Batch:
         return self.targets_BT[self.supervised_BT]
 
     @property
+    def taught_N(self) -> Tensor | None:
+        """Of the supervised positions, row by row, those at which the teacher speaks; None for all. bool [N]."""
+        return None if self.taught_BT is None else self.taught_BT[self.supervised_BT]
+
+    @property
     def key(self) -> str:
         """Hash of the content: equal rows have equal keys, whatever the loader's order."""
         digest = hashlib.blake2b(digest_size=16)
@@ -121,6 +129,7 @@ class Batch:
             ids_BT=self.ids_BT.to(device),
             targets_BT=self.targets_BT.to(device),
             segments_BT=self.segments_BT.to(device),
+            taught_BT=None if self.taught_BT is None else self.taught_BT.to(device),
         )
 
     def rows(self, start: int, stop: int) -> Batch:
@@ -131,6 +140,7 @@ class Batch:
             self.segments_BT[start:stop],
             self.examples[start:stop],
             self.sources[start:stop],
+            None if self.taught_BT is None else self.taught_BT[start:stop],
         )
 
     def __len__(self) -> int:
@@ -183,6 +193,10 @@ class States:
         head = replace(self.head, weight_VD=self.head.weight_VD.to(device), bias_V=bias_V)
         return States(self.rows_ND.to(device), head)
 
+    def at(self, rows: slice | Tensor) -> States:
+        """The same at some positions only."""
+        return replace(self, rows_ND=self.rows_ND[rows])
+
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
@@ -201,6 +215,10 @@ class Mixture:
     def to(self, device: torch.device | str) -> Mixture:
         """The same on another device."""
         return Mixture(tuple(member.to(device) for member in self.members), self.weights_NM.to(device))
+
+    def at(self, rows: slice | Tensor) -> Mixture:
+        """The same at some positions only."""
+        return Mixture(tuple(member.at(rows) for member in self.members), self.weights_NM[rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +247,22 @@ class SparseLogits:
         return replace(self, ids_NK=self.ids_NK.to(device), logprobs_NK=self.logprobs_NK.to(device), tail_N=tail_N)
 
 
-TeacherLogits = States | Mixture | SparseLogits
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """Next-token distributions spelled out, for vocabularies small enough: float [N, V], up to a constant a row."""
+
+    logits_NV: Tensor
+
+    def sliced(self, vocabulary: int) -> Logits:
+        """The same on the first `vocabulary` tokens only."""
+        return Logits(self.logits_NV[:, :vocabulary])
+
+    def to(self, device: torch.device | str) -> Logits:
+        """The same on another device."""
+        return Logits(self.logits_NV.to(device))
+
+
+TeacherLogits = States | Mixture | SparseLogits | Logits
 """The forms in which a teacher's next-token distributions come."""
 
 
@@ -248,7 +281,7 @@ class Wants:
 class Signal:
     """What a teacher said about a batch. Absent parts are None or empty.
 
-    logits     next-token distributions at the supervised positions only, in batch order
+    logits     next-token distributions at the supervised positions where the teacher speaks, in batch order
     hidden     {layer: [B, T, D]}
     """
 

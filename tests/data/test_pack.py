@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -15,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from potstill.data import Encoded, PackedRows, PackedStats, plan_rows, write_rows
+from potstill.data.pack import WINDOW_PIECES, RowWriter
 from potstill.errors import DataError
 from potstill.types import IGNORE, Batch
 
@@ -34,9 +37,11 @@ def corpora(draw: st.DrawFn) -> list[Encoded]:
     return documents
 
 
-def pack(documents: list[Encoded], length: int, seed: int = 0) -> tuple[PackedStats, Batch]:
+def pack(
+    documents: list[Encoded], length: int, seed: int = 0, window: int = WINDOW_PIECES
+) -> tuple[PackedStats, Batch]:
     with TemporaryDirectory() as name:
-        stats = write_rows(documents, Path(name), sequence_length=length, pad_id=PAD, seed=seed)
+        stats = write_rows(documents, Path(name), sequence_length=length, pad_id=PAD, seed=seed, window=window)
         rows = PackedRows(Path(name))
         assert rows.stats == stats
         return stats, rows.batch(range(len(rows)))
@@ -180,6 +185,82 @@ def test_rows_are_the_same_for_a_seed_and_mixed_by_it(tmp_path):
     counts = torch.tensor([len(names) for names in first.examples], dtype=torch.float64)
     half = counts[: len(counts) // 2]
     assert abs(half.mean() - counts.mean()) < 4 * counts.std() / len(half) ** 0.5
+
+
+def mixed_corpus(count: int, seed: int) -> list[Encoded]:
+    """Documents of 0 to 149 tokens, some of them with nothing to learn."""
+    draw = np.random.default_rng(seed)
+    documents = []
+    for index in range(count):
+        length = int(draw.integers(0, 150))
+        learn = [False] * min(1, length) + (draw.random(max(0, length - 1)) < 0.7).tolist()
+        learn = learn if index % 7 else [False] * length
+        documents.append(Encoded(f"d-{index}", draw.integers(0, 999, length).tolist(), learn, f"f{index % 3}"))
+    return documents
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("count", "seed", "digest"), [(50, 0, "930b5b6f57257447"), (700, 3, "bc7169d24d81c7fa")], ids=["small", "larger"]
+)
+def test_a_corpus_within_a_window_is_packed_into_the_same_bytes_by_every_version(tmp_path, count, seed, digest):
+    write_rows(mixed_corpus(count, seed), tmp_path, sequence_length=64, pad_id=1, seed=seed)
+    whole = hashlib.sha256()
+    for name, content in sorted(bytes_of(tmp_path).items()):
+        whole.update(name.encode() + hashlib.sha256(content).digest())
+    assert whole.hexdigest().startswith(digest)
+
+
+@settings(deadline=None)
+@given(corpora(), st.integers(1, 24), st.integers(1, 9))
+def test_windows_change_where_pieces_lie_and_not_what_is_learned(documents, length, window):
+    if not pairs_learned(documents):
+        return
+    whole, batch = pack(documents, length)
+    parted, other = pack(documents, length, window=window)
+    assert replace(parted, rows=whole.rows) == whole
+    assert parted.rows >= whole.rows
+
+    def pairs(rows: Batch) -> list[list[int]]:
+        return sorted(torch.stack([rows.ids_BT, rows.targets_BT], -1)[rows.supervised_BT].tolist())
+
+    assert pairs(other) == pairs(batch)
+
+
+def test_a_window_is_a_packing_of_its_own_pieces_after_that_of_the_window_before(tmp_path):
+    documents = mixed_corpus(60, 1)
+    count = write_rows(documents, tmp_path / "whole", sequence_length=200, pad_id=0).segments  # one piece a document
+    first = [document for document in documents if any(document.learn)][: count // 2]
+    write_rows(first, tmp_path / "first", sequence_length=200, pad_id=0)
+    write_rows(documents, tmp_path / "both", sequence_length=200, pad_id=0, window=count // 2)
+    alone, both = PackedRows(tmp_path / "first"), PackedRows(tmp_path / "both")
+    beginning = both.batch(range(len(alone)))
+    assert beginning.key == alone.batch(range(len(alone))).key
+    names = [name for row in both.batch(range(len(both))).examples for name in row]
+    assert names[: count // 2] == [name for row in alone.batch(range(len(alone))).examples for name in row]
+    assert len(names) == len(set(names)) == count
+
+
+def test_a_window_larger_than_the_corpus_changes_nothing(tmp_path):
+    documents = mixed_corpus(40, 2)
+    pieces = write_rows(documents, tmp_path / "a", sequence_length=64, pad_id=0).segments
+    for name, window in (("b", pieces), ("c", pieces + 1)):
+        write_rows(documents, tmp_path / name, sequence_length=64, pad_id=0, window=window)
+        assert bytes_of(tmp_path / name) == bytes_of(tmp_path / "a")
+
+
+def test_a_writer_that_is_left_without_finishing_leaves_a_folder_that_does_not_open(tmp_path):
+    write_rows(mixed_corpus(9, 0), tmp_path, sequence_length=64, pad_id=0)
+    with RowWriter(tmp_path, sequence_length=64, pad_id=0, window=2) as writer:
+        for document in mixed_corpus(9, 0):
+            writer.add(document)
+        assert writer.tokens > 0
+    with pytest.raises(DataError, match=r"rows\.json is missing"):
+        PackedRows(tmp_path)
+    assert not (tmp_path / "spool.bin").exists()
 
 
 @pytest.fixture

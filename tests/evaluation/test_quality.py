@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from potstill.errors import NonFiniteError
-from potstill.evaluation import DocumentScores, Resampling, compare_arms, score_arm
+from potstill.evaluation import BINS, DocumentScores, Resampling, compare_arms, score_arm
 from potstill.types import IGNORE, Batch, Head, Lesson, Measurement, Signal, States, Wants
 
 NAMES = ("nll", "kl_to_teacher", "agreement")
@@ -44,6 +44,8 @@ def scorer(arm: States, teacher: States, targets_N: Tensor) -> Mapping[str, Tens
         "nll": (arm.rows_ND[:, 0] + 0.5 * targets_N).float(),
         "kl_to_teacher": (arm.rows_ND - teacher.rows_ND)[:, 0].square() + 0.25,
         "agreement": (targets_N % 2 == 0).float(),
+        "confidence": (targets_N % 7 + 1) / 7,
+        "correct": (targets_N % 3 == 1).float(),
     }
 
 
@@ -78,16 +80,19 @@ def test_sums_per_document_are_those_of_a_loop_over_positions(batches):
                 target = int(batch.targets_BT[row, column])
                 if target != IGNORE:
                     document = batch.examples[row][int(batch.segments_BT[row, column]) - 1]
-                    sums = expected.setdefault(document, [0.0] * 4)
+                    sums = expected.setdefault(document, [0.0] * 6)
                     sums[0] += 1
                     sums[1] += int(batch.ids_BT[row, column]) + 0.5 + 0.5 * target
                     sums[2] += 0.5**2 + 0.25
                     sums[3] += target % 2 == 0
+                    sums[4] += (target % 7 + 1) / 7
+                    sums[5] += target % 3 == 1
     assert scores.documents == tuple(expected)
-    table = np.array(list(expected.values())).reshape(-1, 4)
+    table = np.array(list(expected.values())).reshape(-1, 6)
     assert np.allclose(scores.counts_D, table[:, 0])
     for index, name in enumerate(NAMES):
         assert np.allclose(scores.sums[name], table[:, index + 1])
+    assert np.allclose(scores.bins_DM3.sum(1), table[:, [0, 4, 5]])
 
 
 def test_a_document_cut_over_rows_and_batches_is_one_document():
@@ -108,6 +113,7 @@ def test_nothing_supervised_gives_no_document():
     scores = score_arm(Reader(), [Lesson(batch, Signal(States(said(batch), HEAD)))], scorer)
     assert (scores.documents, scores.counts_D.tolist()) == ((), [])
     assert [scores.sums[name].tolist() for name in NAMES] == [[], [], []]
+    assert scores.bins_DM3.shape == (0, BINS, 3)
 
 
 def test_a_lesson_without_final_states_is_refused():
@@ -117,13 +123,13 @@ def test_a_lesson_without_final_states_is_refused():
         score_arm(Reader(), [Lesson(batch)], scorer)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_score_that_is_no_number_is_an_error_that_names_the_document(bad):
+@pytest.mark.parametrize(("name", "bad"), [("nll", math.nan), ("nll", math.inf), ("confidence", math.nan)])
+def test_a_score_that_is_no_number_is_an_error_that_names_the_document(name, bad):
     ids_BT = torch.tensor([[1, 2, 3]])
     batch = Batch(ids_BT, ids_BT, torch.tensor([[1, 2, 2]]), (("good", "bad"),))
 
     def broken(arm: States, teacher: States, targets_N: Tensor) -> Mapping[str, Tensor]:
-        return {**scorer(arm, teacher, targets_N), "nll": torch.tensor([1.0, bad, 1.0])}
+        return {**scorer(arm, teacher, targets_N), name: torch.tensor([1.0, bad, 1.0])}
 
     with pytest.raises(NonFiniteError, match="the scores of bad are not finite"):
         score_arm(Reader(), [Lesson(batch, Signal(States(said(batch), HEAD)))], broken)
@@ -136,7 +142,9 @@ def scores_of(nll: list[float], kl: list[float], agreement: list[float], counts:
     """From means per document."""
     counts_D = np.array(counts)
     sums = {name: counts_D * np.array(means) for name, means in zip(NAMES, (nll, kl, agreement), strict=True)}
-    return DocumentScores(tuple(f"doc-{index}" for index in range(len(counts))), counts_D, sums)
+    bins_DM3 = np.zeros((len(counts), BINS, 3))
+    bins_DM3[:, 9] = np.stack([counts_D, 0.62 * counts_D, sums["agreement"]], axis=1)
+    return DocumentScores(tuple(f"doc-{index}" for index in range(len(counts))), counts_D, sums, bins_DM3)
 
 
 def arms(documents: int = 40, seed: int = 0) -> dict[str, DocumentScores]:
@@ -175,6 +183,7 @@ def test_every_number_of_the_student_is_what_its_name_says():
     expected = {
         "nll": (nll["student"], "nats/token"),
         "perplexity": (math.exp(nll["student"]), ""),
+        "ece": (abs(top["student"] - 0.62), "share"),
         "kl_to_teacher": (kl["student"], "nats/token"),
         "agreement": (top["student"], "share"),
         "retention": (math.exp(-nll["student"]) / math.exp(-nll["teacher"]), "share"),
@@ -196,8 +205,8 @@ def test_every_number_of_the_student_is_what_its_name_says():
 
 def test_arms_get_the_numbers_that_make_sense_for_them():
     found = compare_arms(arms(), 100, seed=0)
-    assert set(by_name(found, "teacher")) == {"nll", "perplexity"}
-    basic = {"nll", "perplexity", "kl_to_teacher", "agreement", "retention"}
+    assert set(by_name(found, "teacher")) == {"nll", "perplexity", "ece"}
+    basic = {"nll", "perplexity", "ece", "kl_to_teacher", "agreement", "retention"}
     assert set(by_name(found, "untrained")) == basic
     assert set(by_name(found, "control")) == basic | {"recovered_nll", "recovered_kl", "recovered_agreement"}
 
@@ -224,7 +233,9 @@ def test_a_paired_gain_is_known_better_than_the_two_arms_that_it_compares():
 def test_documents_count_and_tokens_do_not():
     scores = arms()
     longer = {
-        arm: DocumentScores(s.documents, 100 * s.counts_D, {name: 100 * sums for name, sums in s.sums.items()})
+        arm: DocumentScores(
+            s.documents, 100 * s.counts_D, {name: 100 * sums for name, sums in s.sums.items()}, 100 * s.bins_DM3
+        )
         for arm, s in scores.items()
     }
     for few, many in zip(compare_arms(scores, 200, seed=0), compare_arms(longer, 200, seed=0), strict=True):
@@ -279,7 +290,7 @@ def test_what_is_written_is_json_that_every_reader_takes():
     scores["untrained"] = replace(scores["untrained"], sums=huge)
     found = compare_arms(scores, 100, seed=0)
     json.dumps([asdict(m) for m in found], allow_nan=False)
-    assert set(by_name(found, "untrained")) == {"nll", "kl_to_teacher", "agreement", "retention"}
+    assert set(by_name(found, "untrained")) == {"nll", "ece", "kl_to_teacher", "agreement", "retention"}
 
 
 @pytest.mark.parametrize("change", ["documents", "order", "counts"])

@@ -579,6 +579,8 @@ def test_scores_are_those_of_dense_logits_whatever_the_chunks(rows, vocabulary, 
         "nll": functional.cross_entropy(student_NV, problem.targets_N, reduction="none"),
         "kl_to_teacher": functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1),
         "agreement": (student_NV.max(-1).indices == teacher_NV.max(-1).indices).double(),
+        "confidence": log_q.exp().amax(-1),
+        "correct": (student_NV.max(-1).indices == problem.targets_N).double(),
     }
     assert_close(scores, expected, rtol=1e-10, atol=1e-11)
 

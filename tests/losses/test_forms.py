@@ -320,6 +320,25 @@ def test_several_teachers_are_scored_against_as_one():
     p_NV, log_q_NV = mixed_probabilities(mixture, 1.0), dense(student).log_softmax(-1)
     assert_close(scores["kl_to_teacher"], (p_NV * (p_NV.log() - log_q_NV)).sum(-1), **EXACTLY)
     assert_close(scores["agreement"], (p_NV.argmax(-1) == log_q_NV.argmax(-1)).double())
+    assert_close(scores["nll"], -log_q_NV.gather(-1, targets_N[:, None])[:, 0], **EXACTLY)
+
+
+def test_confidence_is_the_largest_probability_and_correct_says_whether_that_token_came():
+    student, teacher = make_states(), make_states(seed=5)
+    q_NV = dense(student).softmax(-1)
+    targets_N = torch.where(torch.arange(7) % 2 == 0, q_NV.argmax(-1), q_NV.argmin(-1))
+    scores = position_scores(student, teacher, targets_N)
+    assert_close(scores["confidence"], q_NV.amax(-1), **EXACTLY)
+    assert scores["correct"].tolist() == [1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
+    assert_close(scores["confidence"][::2], (-scores["nll"][::2]).exp(), **EXACTLY)
+
+
+def test_a_mixture_is_as_sure_as_the_mean_of_its_members():
+    mixture, targets_N = make_mixture(), torch.arange(7)
+    scores = position_scores(mixture, mixture, targets_N)
+    p_NV = mixed_probabilities(mixture, 1.0)
+    assert_close(scores["confidence"], p_NV.amax(-1), **EXACTLY)
+    assert_close(scores["correct"], (p_NV.argmax(-1) == targets_N).double())
 
 
 @pytest.mark.parametrize(

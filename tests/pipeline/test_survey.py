@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
+from collections import Counter
+from itertools import islice, pairwise
 
 import pytest
 
 from potstill.errors import DataError
-from potstill.pipeline.survey import SAMPLED_DOCUMENTS, SPLITS, read_split, survey_data
+from potstill.pipeline.survey import SAMPLED_DOCUMENTS, survey_data
 from potstill.recipes import load_recipe
 
 
@@ -20,14 +21,25 @@ def recipe(tiny_recipe, tmp_path):
     return with_documents
 
 
-def test_every_document_is_in_the_split_that_it_is_counted_in(recipe):
-    asked = recipe(300)
-    survey = survey_data(asked)
-    read = {split: [example.id for example in read_split(asked, split)] for split in SPLITS}
-    assert {split: len(ids) for split, ids in read.items()} == dict(survey.documents)
-    assert sorted(name for ids in read.values() for name in ids) == sorted(map(str, range(300)))
-    assert [example.id for example in survey.held_out] == read["test"][:64]
+def test_every_document_passes_once_in_order_with_the_split_that_it_is_counted_in(recipe):
+    passed = []
+
+    def note(documents):
+        for split, example in documents:
+            passed.append((split, example.id))
+            yield split, example
+
+    survey = survey_data(recipe(300), through=note)
+    assert [name for _, name in passed] == list(map(str, range(300)))
+    assert Counter(split for split, _ in passed) == survey.documents
+    assert [example.id for example in survey.held_out] == [name for split, name in passed if split == "test"][:64]
     assert survey.cleaning.kept["text"] == 300
+
+
+def test_reading_ends_with_what_the_documents_pass_through(recipe):
+    survey = survey_data(recipe(300), through=lambda documents: islice(documents, 200))
+    assert survey.documents.total() == survey.cleaning.rows == 200
+    assert survey.complete
 
 
 @pytest.mark.parametrize("count", [30, 401, 3000])
@@ -40,10 +52,9 @@ def test_sampled_documents_are_spread_over_all(recipe, count):
 
 
 def test_reading_stops_at_the_limit_and_says_so(recipe):
-    seen = []
-    survey = survey_data(recipe(300), 50, seen.append)
+    survey = survey_data(recipe(300), 50)
     assert not survey.complete
-    assert survey.documents.total() == len(seen) == 50
+    assert survey.documents.total() == 50
     assert survey_data(recipe(300), 300).complete
 
 
@@ -58,6 +69,12 @@ def test_reading_stops_at_the_limit_and_says_so(recipe):
 def test_an_empty_split_is_named(recipe, shares, words):
     with pytest.raises(DataError, match=words):
         survey_data(recipe(4, f"data.splits={shares}", "seed=0"))
+
+
+def test_a_split_that_is_empty_because_reading_ended_early_is_named_with_what_ended_it(recipe):
+    asked = recipe(300, "data.splits={validation: 0.01, test: 0.01}", "data.max_tokens=1")
+    with pytest.raises(DataError, match=r"^data\.splits\.validation: of 1 documents .* a higher one reads more\.$"):
+        survey_data(asked, through=lambda documents: islice(documents, 1))
 
 
 def test_the_configuration_that_the_recipe_names_is_read(recipe):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
-from potstill.report import CurvePoint, DataFacts, Sample, StageCost, Story
+from potstill.report import CurvePoint, DataFacts, ReliabilityPoint, Sample, SignalFacts, StageCost, Story
 from potstill.types import Measurement
 
 RECIPE = """\
@@ -44,6 +45,7 @@ _ARMS = {
     "control": (4.172, 1.832, 0.3691, 5290.0, 45.2, 0.94e9),
     "student": (4.401, 1.381, 0.4542, 5325.0, 45.9, 0.94e9),
 }
+_ECE = {"teacher": 0.021, "untrained": 0.112, "control": 0.034, "student": 0.0611}
 _SIZES = {"teacher": (134_515_008, 269.1e6), "student": (81_411_264, 162.9e6)}
 
 
@@ -57,6 +59,7 @@ def _quality() -> list[Measurement]:
             ),
             Measurement(arm, "prefill_tokens_per_s", "test", prefill, prefill - 60, prefill + 55, 5, "tokens/s"),
             Measurement(arm, "decode_tokens_per_s", "test", decode, decode - 0.8, decode + 0.7, 5, "tokens/s"),
+            Measurement(arm, "ece", "test", _ECE[arm], _ECE[arm] - 0.004, _ECE[arm] + 0.005, 115, "share"),
             Measurement(arm, "peak_memory_bytes", "test", peak, None, None, 1, "bytes"),
         ]
         parameters, folder = _SIZES.get(arm, _SIZES["student"])
@@ -106,6 +109,35 @@ def _curve(arm: str, start: float, end: float, term: str, steps: int = 60) -> tu
         points.append(CurvePoint(step, step * 2040, step * 3.1, loss, {term: loss}, validation))
     return tuple(points)
 
+
+def _reliability(too_sure: float) -> tuple[ReliabilityPoint, ...]:
+    """An arm that is less often right than it says, by this share of its confidence."""
+    middles = [(m + 0.5) / 15 for m in range(15)]
+    return tuple(
+        ReliabilityPoint(m / 15, (m + 1) / 15, middle, middle * (1 - too_sure), round(6000 * (1 - middle) ** 2) + 40)
+        for m, middle in enumerate(middles)
+    )
+
+
+SIGNALS = SignalFacts(
+    kind="16 sampled tokens a position",
+    store="runs/signals/smollm2-135m-instruct-sampled-16",
+    pieces=3999,
+    positions=2_538_254,
+    bytes=101_276_334,
+    bytes_per_token=39.9,
+    captured=3100,
+    found=899,
+    rule="30 % at random",
+    capture_tokens_per_s=2310.4,
+    quarantined=2,
+    recaptured=31,
+    fidelity=(
+        ("KL, dense", "1.38 nats", "mean of a position"),
+        ("error of the head's gradient", "6.2 %", "what a step sees"),
+    ),
+)
+"""As a run has it whose teacher spoke into a store."""
 
 SAMPLES = (
     Sample(
@@ -170,4 +202,16 @@ def story() -> Story:
         versions={"potstill": "0.1.0", "python": "3.11.2", "torch": "2.13.0", "transformers": "5.23.0"},
         machine="x86-64, 2 cores, 24 GiB, no GPU",
         notes=("3 rows unusable: empty text",),
+        reliability={
+            "teacher": _reliability(0.04),
+            "untrained": _reliability(0.5),
+            "control": _reliability(0.08),
+            "student": _reliability(0.15),
+        },
     )
+
+
+@pytest.fixture(scope="session")
+def stored(story: Story) -> Story:
+    """The same run with a teacher who spoke into a store beforehand."""
+    return replace(story, signals=SIGNALS)

@@ -78,6 +78,20 @@ def test_what_the_headline_leaves_out_is_told_where_it_is_no_gain(story):
     assert write_caveat(with_gain(story, 0.3, 0.2, 0.4, "nll_gain_over_control")) == ""
 
 
+def test_a_biased_estimate_is_said_beside_the_headline(stored):
+    biased = replace(stored.signals, biased=True, bias="the renormalised top 16 leave out the tail")
+    assert write_caveat(replace(stored, signals=biased)) == (
+        "But the student is worse than the control arm by NLL (−0.229 nats [−0.251, −0.207]). The student learned from "
+        "a biased estimate of its teacher: the renormalised top 16 leave out the tail."
+    )
+    alone = with_gain(replace(stored, signals=replace(biased, bias="")), 0.3, 0.2, 0.4, "nll_gain_over_control")
+    assert write_caveat(alone) == "The student learned from a biased estimate of its teacher."
+
+
+def test_an_unbiased_estimate_needs_no_word_beside_the_headline(story, stored):
+    assert write_caveat(stored) == write_caveat(story)
+
+
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),
     [(0.1, 0.2, "better"), (-0.2, -0.1, "worse"), (-0.1, 0.1, "not told apart"), (None, None, "no interval")],

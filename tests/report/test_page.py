@@ -10,9 +10,11 @@ from html.parser import HTMLParser
 import pytest
 
 from potstill.errors import RunError
-from potstill.report import CurvePoint, DataFacts, Sample, StageCost, write_report
+from potstill.report import CurvePoint, DataFacts, ReliabilityPoint, Sample, SignalFacts, StageCost, write_report
 from potstill.report.figures import dark_twins, packed_plotly
 from potstill.types import Measurement
+
+SIGNALS = SignalFacts("16 sampled tokens a position", "a store", 1, 2, 3, 4.0, 1, 0, fidelity=(("a", "b", "c"),))
 
 HOSTILE = (
     "</script><script>alert(1)</script><img src=x onerror=alert(2)>|`a` \x00\x1b \ud800 \u202e {{ 7*7 }} &lt; %{y}"
@@ -64,6 +66,10 @@ def hostile(story):
         samples=(Sample(HOSTILE, HOSTILE, {"student": HOSTILE, HOSTILE: HOSTILE}),),
         stages=(StageCost(HOSTILE, 1.0, None),),
         data=DataFacts(HOSTILE, {HOSTILE: 1}, {}, {}, {HOSTILE: 2}, HOSTILE),
+        reliability={HOSTILE: (ReliabilityPoint(0.0, 0.1, 0.05, 0.04, 9),)},
+        signals=SignalFacts(
+            HOSTILE, HOSTILE, 1, 2, 3, 4.0, 1, 0, HOSTILE, 5.0, 1, 1, True, HOSTILE, ((HOSTILE, HOSTILE, HOSTILE),)
+        ),
     )  # fmt: skip
 
 
@@ -115,7 +121,7 @@ def test_every_picture_is_json_with_words_and_numbers_beside_it(story, tmp_path)
     page = page_of(story, tmp_path)
     specs = [json.loads(script) for script in page.scripts if script.startswith("{")]
     plots = [a for t, a in page.tags if t == "div" and a.get("class") == "plot"]
-    assert len(specs) == len(plots) == 2 + 3 + 2 + 1
+    assert len(specs) == len(plots) == 2 + 3 + 2 + 1 + 1
     assert all(plot["role"] == "img" and len(plot["aria-label"]) > 40 for plot in plots)
     assert [t for t, _ in page.tags].count("details") == len(plots)
     assert packed_plotly() in page.scripts
@@ -149,10 +155,60 @@ def test_intervals_stand_in_page_and_markdown(story, tmp_path):
         ({"stages": ()}, "Wall time and memory were not recorded."),
         ({"data": None}, "No data facts were recorded."),
         ({"machine": ""}, "not recorded"),
+        ({"signals": replace(SIGNALS, fidelity=())}, "How true the stored signals are was not measured."),
+        ({"signals": replace(SIGNALS, capture_tokens_per_s=None)}, "nothing was captured"),
     ],
 )  # fmt: skip
 def test_a_hole_is_said(story, tmp_path, hole, said):
     assert said in page_of(replace(story, **hole), tmp_path).text
+
+
+def test_what_was_stored_of_the_teacher_is_told_on_page_and_in_markdown(stored, tmp_path):
+    page = page_of(stored, tmp_path)
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for words in (
+        "What the teacher said",
+        "16 sampled tokens a position",
+        "30 % at random",
+        "runs/signals/smollm2-135m-instruct-sampled-16",
+        "3,999 (3,100 captured in this run, 899 found before)",
+        "2,538,254",
+        "101 MB, 39.9 bytes a position",
+        "2,310 tokens/s",
+        "2 damaged blocks put aside, 31 pieces captured again; nothing was trained on them",
+        "error of the head's gradient",
+        "what a step sees",
+    ):
+        assert words in page.text
+        assert words in markdown
+    assert ("a", {"href": "#signals"}) in page.tags
+
+
+def test_without_stored_signals_nothing_is_said_of_them(story, tmp_path):
+    text = page_of(story, tmp_path).text + (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert not [word for word in ("What the teacher said", "Signals", "captured", "biased") if word in text]
+
+
+def test_a_store_that_is_whole_says_so(stored, tmp_path):
+    whole = replace(stored.signals, quarantined=0, recaptured=0, bias="drawn tokens are right on average")
+    text = page_of(replace(stored, signals=whole), tmp_path).text
+    assert "damage none found" in text
+    assert "biased no: drawn tokens are right on average" in text
+
+
+def test_how_well_calibrated_every_arm_is_stands_in_page_and_markdown(story, tmp_path):
+    text = page_of(story, tmp_path).text
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for words in (
+        "Calibration error",
+        "6.1 % [5.7, 6.6]",
+        "Calibration: right as often as it says?",
+        "93.3 to 100.0 %",
+    ):
+        assert words in text
+        assert words in markdown
+    without = page_of(replace(story, reliability={}), tmp_path)
+    assert "right as often as it says?" not in without.text
 
 
 def test_a_number_that_one_arm_lacks_is_not_measured(story, tmp_path):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from potstill.errors import DataError, RecipeError
-from potstill.training import RowSource
+from potstill.training import RowSource, first_rows
 from potstill.types import Batch, Wants
 
 
@@ -126,3 +128,25 @@ def test_without_a_teacher_signals_are_empty(kit):
     origin = RowSource(kit.rows(), seed=0, batch_rows=2, rows_at_once=2)
     signal = origin.lesson(origin.draw()[0]).signal
     assert (signal.logits, dict(signal.hidden)) == (None, {})
+
+
+@given(st.integers(1, 30), st.integers(0, 60), st.integers(0, 2**32 - 1), st.integers(1, 7))
+def test_the_first_rows_are_those_that_are_drawn_first(count, most, seed, batch_rows):
+    found = first_rows(count, seed, most)
+    steps = -(-most // batch_rows)
+    assert found == sorted(set(drawn(source(count, seed=seed, batch_rows=batch_rows), steps)[:most]))
+
+
+def test_who_marks_is_asked_once_a_batch_and_lessons_keep_the_marks():
+    marked = []
+
+    def mark(batch):
+        marked.append(batch)
+        return replace(batch, taught_BT=batch.ids_BT % 2 == 0)
+
+    origin = source(mark=mark)
+    batches = origin.draw()
+    assert len(marked) == len(batches) == 2
+    for batch in batches:
+        assert torch.equal(batch.taught_BT, batch.ids_BT % 2 == 0)
+        assert origin.lesson(batch).batch is batch

@@ -34,6 +34,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 _NOT_DATA = re.compile(r"\..*|README.*|LICEN[CS]E.*", re.IGNORECASE)
 _DATASETS_MARKS = ("dataset_info.json", "dataset_dict.json")
 _AVAILABLE_CONFIGS = re.compile(r"(?:among the available configs|not found\. Available): \[(.+?)\]")
+_PLACE = re.compile(r":\d+$")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LONGEST_CELL = 2**31 - 1
 _TEXT, _MESSAGES = "text", "messages"
@@ -82,11 +83,16 @@ def load_examples(
 def _rows(records: Iterable[Record], *, source: str, text: str, messages: str) -> Iterator[Row]:
     columns: dict[str, None] = {}  # a dict, because the message should list them in the file's order
     uses: dict[str, int] = {}
+    found = False
     for place, cells in records:
         columns.update(dict.fromkeys(cells))
-        name = _unique(_identity(cells.get("id")) or place, uses)
+        # Places are not remembered: they would take memory for every row of a corpus. An id like one is a second one.
+        named, found = _identity(cells.get("id")), True
+        if _PLACE.search(named):
+            uses.setdefault(named, 1)
+        name = _unique(named, uses) if named else place
         yield Row(id=name, source=place.rpartition(":")[0], text=cells.get(text), messages=cells.get(messages))
-    if not uses:
+    if not found:
         raise DataError(f"data.source: {source} holds no rows. Give a source with at least a few documents.")
     _check_columns(list(columns), text=text, messages=messages)
 

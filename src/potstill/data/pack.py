@@ -1,18 +1,21 @@
 """Packed rows: documents cut, shifted and laid side by side, on disk. The only place of the project that shifts.
 
 A piece is a run of (input token, target) pairs of one document; a row holds pieces as its segments, then padding.
-Refuses to open files that do not fit each other: training on half a file would look like training.
+Packing goes window by window, so that a corpus may be larger than memory and is read once. Refuses to open files that
+do not fit each other: training on half a file would look like training.
 """
 
 from __future__ import annotations
 
 import json
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO, Self
 
 import numpy as np
 import torch
@@ -23,7 +26,7 @@ from potstill.data.chat import Encoded
 from potstill.errors import DataError
 from potstill.types import IGNORE, Batch
 
-__all__ = ["PackedRows", "PackedStats", "plan_rows", "write_rows"]
+__all__ = ["WINDOW_PIECES", "PackedRows", "PackedStats", "RowWriter", "plan_rows", "write_rows"]
 
 _STATS = "rows.json"
 _TOKENS = ("ids.npy", "targets.npy", "segments.npy")  # int32 [rows, sequence_length] each
@@ -32,7 +35,11 @@ _DOCUMENTS = "segment_documents.npy"  # int64 [segments], document numbers
 _EXAMPLES = "documents.jsonl"  # id and source of each document
 _EXAMPLE_STARTS = "example_starts.npy"  # int64 [documents + 1], where its line starts
 _SPOOL = "spool.bin"
+_DTYPES = {**dict.fromkeys(_TOKENS, "<i4"), **dict.fromkeys((_ROW_STARTS, _DOCUMENTS, _EXAMPLE_STARTS), "<i8")}
 _ROWS_AT_ONCE = 256
+
+WINDOW_PIECES = 2**18
+"""Pieces that are packed together: enough that rows are full and well mixed, few enough to be planned in memory."""
 
 Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
@@ -59,17 +66,6 @@ class PackedStats:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pieces:
-    """The pieces in the spool, in order: an int32 run of inputs, then one of targets, piece by piece."""
-
-    lengths: Int64s
-    documents: Int64s
-    example_starts: Int64s
-    supervised: int
-    dropped: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Layout:
     """Row r holds the pieces `order[row_starts[r] : row_starts[r + 1]]`."""
 
@@ -81,43 +77,144 @@ class _Layout:
         return len(self.row_starts) - 1
 
 
-def write_rows(
-    encoded: Iterable[Encoded], folder: Path, *, sequence_length: int, pad_id: int, seed: int = 0
-) -> PackedStats:
-    """Cut, shift and pack documents into rows of `sequence_length` positions, in an order shuffled by `seed`.
+class RowWriter:
+    """Packs documents into the rows of one folder as they come. The folder opens only once `finish` has returned.
 
     A document of n tokens gives n - 1 pairs: input token i, target token i + 1, or IGNORE where that is not learned. A
     longer document is cut into pieces of `sequence_length` pairs, so that each learned token, a document's first
     excepted, is a target exactly once. Pairs after a piece's last target teach nothing and are left out. Successive
-    encodings of one id are one document. Memory holds some bytes a piece; the tokens pass through a file.
+    encodings of one id are one document.
+
+    Every `window` pieces are packed into rows by best fit, and these are shuffled by `seed`; a row holds pieces of one
+    window only. Memory holds some bytes for each piece of a window, whatever the corpus; tokens pass through a file.
+    """
+
+    def __init__(
+        self, folder: Path, *, sequence_length: int, pad_id: int, seed: int = 0, window: int = WINDOW_PIECES
+    ) -> None:
+        """Begin a folder, which stops being one that opens. Raises OSError where it cannot be written."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _STATS).unlink(missing_ok=True)  # written last: without it the folder does not open
+        self._folder, self._length, self._pad_id, self._window = folder, sequence_length, pad_id, window
+        self._random = np.random.default_rng(seed)
+        self._lengths, self._documents = array("q"), array("q")  # of the window's pieces
+        self._last_id: str | None = None
+        self._counts: Counter[str] = Counter()
+        with ExitStack() as stack:
+            stack.callback((folder / _SPOOL).unlink, missing_ok=True)
+            # The window's pieces in order: an int32 run of inputs, then one of targets, piece by piece.
+            self._spool = stack.enter_context((folder / _SPOOL).open("wb"))
+            self._examples = stack.enter_context((folder / _EXAMPLES).open("wb"))
+            self._arrays = {name: stack.enter_context((folder / name).open("wb")) for name in _DTYPES}
+            for name, file in self._arrays.items():
+                _write_header(file, name, self._shape(name))
+            for name in (_ROW_STARTS, _EXAMPLE_STARTS):
+                self._append(name, np.zeros(1))
+            self._resources = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._resources.close()
+
+    @property
+    def tokens(self) -> int:
+        """Input positions taken up so far."""
+        return self._counts["tokens"]
+
+    def add(self, document: Encoded) -> None:
+        """Take up one document. Raises OSError where the disk is full."""
+        if document.id != self._last_id:
+            self._name(document)
+        for piece in _cut(document, self._length):
+            targets = np.flatnonzero(piece[1] != IGNORE)
+            if not targets.size:
+                self._counts["dropped_pieces"] += 1
+                continue
+            length = int(targets[-1]) + 1
+            self._spool.write(piece[:, :length].tobytes())
+            self._lengths.append(length)
+            self._documents.append(self._counts["documents"] - 1)
+            self._counts.update(tokens=length, supervised=targets.size)
+            if len(self._lengths) == self._window:
+                self._pack_window()
+
+    def finish(self) -> PackedStats:
+        """Pack what is left and complete the folder.
+
+        Raises:
+            DataError: nothing is to be learned in any document.
+            OSError: the disk is full.
+        """
+        if self._lengths:
+            self._pack_window()
+        if not self._counts["rows"]:
+            raise DataError(
+                f"data: nothing is to be learned in the {self._counts['documents']} documents of {self._folder.name}. "
+                "Give more or longer documents, or change data.splits."
+            )
+        for name, file in self._arrays.items():
+            file.seek(0)
+            _write_header(file, name, self._shape(name))
+        self._resources.close()
+        counts = {name: self._counts[name] for name in PackedStats.__dataclass_fields__}
+        stats = PackedStats(**counts | {"sequence_length": self._length})
+        (self._folder / _STATS).write_text(json.dumps(asdict(stats), indent=1), encoding="utf-8")
+        return stats
+
+    def _name(self, document: Encoded) -> None:
+        line = json.dumps([document.id, document.source]).encode() + b"\n"
+        self._counts.update(documents=1, example_bytes=self._examples.write(line))
+        self._append(_EXAMPLE_STARTS, np.array([self._counts["example_bytes"]]))
+        self._last_id = document.id
+
+    def _pack_window(self) -> None:
+        lengths, documents = _int64s(self._lengths), _int64s(self._documents)
+        self._lengths, self._documents = array("q"), array("q")
+        self._spool.flush()
+        layout = _lay_out(lengths, self._length, self._random)
+        tokens = np.memmap(self._folder / _SPOOL, dtype=np.int32, mode="r")
+        for block in _row_blocks(tokens, lengths, layout, pad_id=self._pad_id, sequence_length=self._length):
+            for name, part in zip(_TOKENS, block, strict=True):
+                self._append(name, part)
+        self._append(_ROW_STARTS, layout.row_starts[1:] + self._counts["segments"])
+        self._append(_DOCUMENTS, documents[layout.order])
+        self._counts.update(rows=layout.num_rows, segments=len(lengths))
+        self._spool.seek(0)
+        self._spool.truncate()
+
+    def _append(self, name: str, part: NDArray[np.generic]) -> None:
+        # Written as a stream, not through a memory map: there a full disk kills the process instead of raising.
+        self._arrays[name].write(part.astype(_DTYPES[name]).tobytes())
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        counts = self._counts
+        if name in _TOKENS:
+            return (counts["rows"], self._length)
+        sizes = {_ROW_STARTS: counts["rows"] + 1, _DOCUMENTS: counts["segments"]}
+        return (sizes.get(name, counts["documents"] + 1),)
+
+
+def write_rows(
+    encoded: Iterable[Encoded],
+    folder: Path,
+    *,
+    sequence_length: int,
+    pad_id: int,
+    seed: int = 0,
+    window: int = WINDOW_PIECES,
+) -> PackedStats:
+    """Pack all documents into the rows of one folder, as `RowWriter` does.
 
     Raises:
         DataError: nothing is to be learned in any document.
         OSError: the folder cannot be written, or the disk is full.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _STATS).unlink(missing_ok=True)  # written last: without it the folder does not open
-    try:
-        pieces = _spool_pieces(encoded, folder, sequence_length)
-        layout = _lay_out(pieces, sequence_length, seed)
-        blocks = _row_blocks(folder / _SPOOL, pieces, layout, pad_id=pad_id, sequence_length=sequence_length)
-        _write_blocks(blocks, folder, (layout.num_rows, sequence_length))
-    finally:
-        (folder / _SPOOL).unlink(missing_ok=True)
-    np.save(folder / _ROW_STARTS, layout.row_starts)
-    np.save(folder / _DOCUMENTS, pieces.documents[layout.order])
-    np.save(folder / _EXAMPLE_STARTS, pieces.example_starts)
-    stats = PackedStats(
-        sequence_length=sequence_length,
-        documents=len(pieces.example_starts) - 1,
-        dropped_pieces=pieces.dropped,
-        segments=len(layout.order),
-        rows=layout.num_rows,
-        tokens=int(pieces.lengths.sum()),
-        supervised=pieces.supervised,
-    )
-    (folder / _STATS).write_text(json.dumps(asdict(stats), indent=1), encoding="utf-8")
-    return stats
+    with RowWriter(folder, sequence_length=sequence_length, pad_id=pad_id, seed=seed, window=window) as writer:
+        for document in encoded:
+            writer.add(document)
+        return writer.finish()
 
 
 def plan_rows(lengths: Int64s, sequence_length: int) -> Int64s:
@@ -164,7 +261,8 @@ class PackedRows:
         self._row_starts = _open_array(folder / _ROW_STARTS, (rows + 1,))
         self._documents = _open_array(folder / _DOCUMENTS, (self.stats.segments,))
         self._example_starts = _open_array(folder / _EXAMPLE_STARTS, (self.stats.documents + 1,))
-        self._examples = _open_examples(folder / _EXAMPLES, int(self._example_starts[-1]))
+        self._examples_file = folder / _EXAMPLES
+        self._examples = _open_examples(self._examples_file, int(self._example_starts[-1]))
         if self._row_starts[-1] != self.stats.segments or self._documents.max() >= self.stats.documents:
             raise _damaged(folder / _ROW_STARTS, "its segments are not those of the other files")
 
@@ -187,8 +285,9 @@ class PackedRows:
         return self.stats.rows
 
     def sources(self) -> set[str]:
-        """The sources of all documents."""
-        return {json.loads(line)[1] for line in self._examples.tobytes().splitlines()}
+        """The sources of all documents. Reads the list of these, a line at a time."""
+        with self._examples_file.open("rb") as lines:
+            return {json.loads(line)[1] for line in lines}
 
     def batch(self, row_numbers: Sequence[int]) -> Batch:
         """The rows of these numbers, in this order, as a batch of int64 tensors [B, T] that knows its examples.
@@ -214,33 +313,6 @@ class PackedRows:
             yield name, source
 
 
-def _spool_pieces(encoded: Iterable[Encoded], folder: Path, sequence_length: int) -> _Pieces:
-    lengths, documents, starts = array("q"), array("q"), array("q", [0])
-    supervised = dropped = 0
-    last_id: str | None = None
-    with (folder / _SPOOL).open("wb") as spool, (folder / _EXAMPLES).open("wb") as examples:
-        for document in encoded:
-            if document.id != last_id:
-                line = json.dumps([document.id, document.source]).encode() + b"\n"
-                starts.append(starts[-1] + examples.write(line))
-                last_id = document.id
-            for piece in _cut(document, sequence_length):
-                targets = np.flatnonzero(piece[1] != IGNORE)
-                if not targets.size:
-                    dropped += 1
-                    continue
-                spool.write(piece[:, : targets[-1] + 1].tobytes())
-                lengths.append(int(targets[-1]) + 1)
-                documents.append(len(starts) - 2)
-                supervised += targets.size
-    if not lengths:
-        raise DataError(
-            f"data: nothing is to be learned in the {len(starts) - 1} documents of {folder.name}. "
-            "Give more or longer documents, or change data.splits."
-        )
-    return _Pieces(_int64s(lengths), _int64s(documents), _int64s(starts), supervised, dropped)
-
-
 def _cut(document: Encoded, sequence_length: int) -> Iterator[Int32s]:
     """The pieces of a document, int32 [2, at most sequence_length]: inputs and targets. Here is the shift."""
     ids = np.asarray(document.ids, dtype=np.int32)
@@ -254,20 +326,19 @@ def _int64s(numbers: array[int]) -> Int64s:
     return np.frombuffer(numbers, dtype=np.int64)
 
 
-def _lay_out(pieces: _Pieces, sequence_length: int, seed: int) -> _Layout:
-    row_of_piece = plan_rows(pieces.lengths, sequence_length)
-    # The plan puts long pieces first. Shuffled, the first rows are a fair sample of all.
-    row_of_piece = np.random.default_rng(seed).permutation(row_of_piece.max() + 1)[row_of_piece]
+def _lay_out(lengths: Int64s, sequence_length: int, random: np.random.Generator) -> _Layout:
+    row_of_piece = plan_rows(lengths, sequence_length)
+    # The plan puts long pieces first. Shuffled, the first rows are a fair sample of the window.
+    row_of_piece = random.permutation(row_of_piece.max() + 1)[row_of_piece]
     row_starts = np.concatenate([[0], np.cumsum(np.bincount(row_of_piece))])
     return _Layout(row_starts, order=np.argsort(row_of_piece, kind="stable"))
 
 
 def _row_blocks(
-    spool: Path, pieces: _Pieces, layout: _Layout, *, sequence_length: int, pad_id: int
+    tokens: Int32s, lengths: Int64s, layout: _Layout, *, sequence_length: int, pad_id: int
 ) -> Iterator[Int32s]:
     """Ids, targets and segments of successive rows, some rows at a time. int32 [3, rows, T]."""
-    tokens = np.memmap(spool, dtype=np.int32, mode="r")
-    offsets = 2 * (np.cumsum(pieces.lengths) - pieces.lengths)
+    offsets = 2 * (np.cumsum(lengths) - lengths)
     for first in range(0, layout.num_rows, _ROWS_AT_ONCE):
         edges = layout.row_starts[first : first + _ROWS_AT_ONCE + 1].tolist()
         block = np.empty((3, len(edges) - 1, sequence_length), dtype=np.int32)
@@ -275,7 +346,7 @@ def _row_blocks(
         for row, (start, stop) in enumerate(pairwise(edges)):
             at = 0
             for segment, piece in enumerate(layout.order[start:stop].tolist(), start=1):
-                length = int(pieces.lengths[piece])
+                length = int(lengths[piece])
                 run = tokens[offsets[piece] : offsets[piece] + 2 * length]
                 block[:2, row, at : at + length] = run.reshape(2, length)
                 block[2, row, at : at + length] = segment
@@ -283,16 +354,10 @@ def _row_blocks(
         yield block
 
 
-def _write_blocks(blocks: Iterable[Int32s], folder: Path, shape: tuple[int, int]) -> None:
-    # Written as a stream, not through a memory map: there a full disk kills the process instead of raising.
-    header = {"descr": "<i4", "fortran_order": False, "shape": shape}
-    with ExitStack() as stack:
-        files = [stack.enter_context((folder / name).open("wb")) for name in _TOKENS]
-        for file in files:
-            np.lib.format.write_array_header_1_0(file, header)
-        for block in blocks:
-            for file, part in zip(files, block, strict=True):
-                file.write(part.astype("<i4").tobytes())
+def _write_header(file: BinaryIO, name: str, shape: tuple[int, ...]) -> None:
+    # As long for every number of rows: NumPy leaves room for it to grow.
+    header = {"descr": _DTYPES[name], "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def _read_stats(folder: Path) -> PackedStats:

@@ -1,5 +1,6 @@
 """How far apart: distances between what a student and its teacher say. Refuses to know where either came from."""
 
+from potstill.losses.blocks import logit_blocks
 from potstill.losses.chunked import distillation_loss
 from potstill.losses.combine import HeadLoss, Objective, Ramp, Schedule
 from potstill.losses.compiling import can_compile
@@ -59,6 +60,7 @@ __all__ = [
     "hidden_mse",
     "jsd",
     "linear_cka",
+    "logit_blocks",
     "minilm",
     "minilm_v2",
     "normalised_jsd",

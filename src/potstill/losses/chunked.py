@@ -55,7 +55,7 @@ def distillation_loss(
                bfloat16 states the products run on bfloat16 units, with float32 results
     targets_N  int64 [N], the tokens that came; None where no term asks for them
     teacher    States of any width d_t whose head has as many rows (slice padded heads first: `Head.sliced`), a Mixture
-               of several, or SparseLogits at the terms' temperature
+               of several, SparseLogits at the terms' temperature, or Logits
     weights_N  float [N], a factor a row; no gradient. For a weighted mean, divide by their sum instead of the count
     compiled   None compiles where a compiler exists and the problem is large; the numbers agree to float32 rounding
 

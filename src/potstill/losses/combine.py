@@ -53,7 +53,11 @@ class Schedule:
 
 
 class HeadLoss(nn.Module):
-    """All terms over the vocabulary in one pass over the same logits, summed over supervised positions."""
+    """Terms over the vocabulary in one pass over the same logits, summed over supervised positions.
+
+    Where the teacher speaks at some positions only (`Batch.taught_BT`), terms that compare with it are summed over
+    these, and must not share a HeadLoss with hard labels: each has a count of its own.
+    """
 
     def __init__(self, terms: Sequence[HeadTerm], vocabulary: int) -> None:
         """`vocabulary` is the number of tokens that teacher and student share: padding rows of heads are cut off."""
@@ -62,18 +66,31 @@ class HeadLoss(nn.Module):
         self.needs = frozenset({Offer.LOGITS}) if any(term.needs_teacher for term in terms) else frozenset()
 
     def count(self, batch: Batch) -> int:
-        """Supervised positions."""
-        return int(batch.supervised_BT.sum())
+        """Supervised positions; those where the teacher speaks, if the terms compare with it."""
+        return int(self._positions_BT(batch).sum())
 
     def forward(self, view: StudentView, lesson: Lesson, terms: Sequence[HeadTerm] | None = None) -> LossSum:
         """The weighted sum over supervised positions; `terms` are its own with the weights and temperatures of now."""
-        said = lesson.signal.logits
+        said, batch, rows_ND = lesson.signal.logits, lesson.batch, view.final_ND
+        if batch.taught_BT is not None and self.needs:
+            rows_ND = rows_ND[batch.taught_N]
         return distillation_loss(
-            States(view.final_ND, view.head.sliced(self.vocabulary)),
-            lesson.batch.targets_N,
+            States(rows_ND, view.head.sliced(self.vocabulary)),
+            batch.targets_BT[self._positions_BT(batch)],
             terms or self.terms,
-            teacher=said and said.sliced(self.vocabulary),
+            teacher=said.sliced(self.vocabulary) if said and self.needs else None,
         )
+
+    def _positions_BT(self, batch: Batch) -> Tensor:
+        """Where the terms are summed over. bool [B, T]."""
+        if batch.taught_BT is None or not self.needs:
+            return batch.supervised_BT
+        if not all(term.needs_teacher for term in self.terms):
+            raise ValueError(
+                f"terms {[term.name for term in self.terms]} mix hard labels with a teacher who speaks at some "
+                "positions only: give each a HeadLoss of its own."
+            )
+        return batch.taught_BT
 
 
 class Objective(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from potstill.losses.terms import HeadTerm
-from potstill.types import Head, Mixture, SparseLogits, States, TeacherLogits
+from potstill.types import Head, Logits, Mixture, SparseLogits, States, TeacherLogits
 
 __all__ = ["refuse_misfits", "refuse_unscorable"]
 
@@ -92,6 +92,8 @@ def _tensors(part: Tensor | TeacherLogits | None) -> tuple[Tensor, ...]:
     if isinstance(part, SparseLogits):
         listed = part.ids_NK, part.logprobs_NK
         return listed if part.tail_N is None else (*listed, part.tail_N)
+    if isinstance(part, Logits):
+        return (part.logits_NV,)
     return () if part is None else (part,)
 
 
@@ -107,8 +109,8 @@ def _refuse_terms(terms: Sequence[HeadTerm], targets_N: Tensor | None, teacher: 
     asking = [term.name for term in terms if term.needs_teacher]
     if asking and teacher is None:
         raise ValueError(f"terms {asking} compare with a teacher: pass teacher.")
-    if not (teacher is None or isinstance(teacher, States | Mixture | SparseLogits)):
-        raise ValueError(f"teacher is a {type(teacher).__name__}: needs States, a Mixture or SparseLogits.")
+    if not (teacher is None or isinstance(teacher, TeacherLogits)):
+        raise ValueError(f"teacher is a {type(teacher).__name__}: needs States, a Mixture, SparseLogits or Logits.")
     if len(asking) < len(names) and targets_N is None:
         raise ValueError("cross_entropy needs the tokens that came: pass targets_N.")
 
@@ -137,8 +139,16 @@ def _refuse_shards(role: str, head: Head) -> None:
         )
 
 
-def _refuse_teacher(role: str, teacher: States | Mixture, student: States) -> None:
+def _refuse_teacher(role: str, teacher: States | Mixture | Logits, student: States) -> None:
     rows = student.rows_ND.shape[0]
+    if isinstance(teacher, Logits):
+        needed = rows, student.head.vocabulary
+        if tuple(teacher.logits_NV.shape) != needed or not teacher.logits_NV.is_floating_point():
+            raise ValueError(
+                f"the {role}'s logits {tuple(teacher.logits_NV.shape)}, {teacher.logits_NV.dtype}, do not fit the "
+                f"student's {needed[0]} rows and {needed[1]} tokens: needs floats [N, V]."
+            )
+        return
     if isinstance(teacher, Mixture):
         _refuse_weights(teacher, rows)
         for number, member in enumerate(teacher.members):

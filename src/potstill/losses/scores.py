@@ -16,7 +16,7 @@ from torch import Tensor
 
 from potstill.losses.blocks import blocks, tiles
 from potstill.losses.compiling import KERNELS, compile_varying, worth_compiling
-from potstill.losses.divergence import cross_entropy, forward_kl
+from potstill.losses.divergence import forward_kl
 from potstill.losses.fitting import refuse_unscorable
 from potstill.losses.sides import Dense, DenseForm, Side, open_logits
 from potstill.types import Head, Mixture, States
@@ -26,21 +26,23 @@ __all__ = ["head_logits", "position_scores"]
 
 @torch.no_grad()
 def position_scores(arm: States | Mixture, teacher: States | Mixture, targets_N: Tensor) -> dict[str, Tensor]:
-    """`nll`, `kl_to_teacher` (forward, T = 1) and `agreement` of the most probable token, [N] each.
+    """`nll`, `kl_to_teacher` (forward, T = 1), `agreement`, `confidence` and `correct` of the arm, [N] each.
 
-    targets_N int64 [N]. No gradient. Ties go to the lower token number on both sides. Raises ValueError where shapes
-    disagree.
+    With q the arm's distribution at T = 1: agreement is 1 where its most probable token is the teacher's, else 0;
+    confidence is max_v q_v; correct is 1 where its most probable token is the one that came, else 0. targets_N int64
+    [N]. No gradient. Ties go to the lower token number on both sides. Raises ValueError where shapes disagree.
     """
     refuse_unscorable(arm, teacher, targets_N)
     own, its = cast(Dense, open_logits(arm)), cast(Dense, open_logits(teacher))
-    logits = targets_N.numel() * len(own.sides[0].weight_VD)
+    head = (arm if isinstance(arm, States) else arm.members[0]).head
+    logits = targets_N.numel() * head.vocabulary
     score = _scores(own.form, its.form, worth_compiling(logits, targets_N.device.type))
     found = []
     for rows, parts in blocks(own, its):
         for tile in tiles(parts[0][0]):
             said = [tuple(part[tile] for part in side) for side in parts]
             found.append(score((said[0], own.shared), (said[1], its.shared), targets_N[rows][tile]))
-    names = ("nll", "kl_to_teacher", "agreement")
+    names = ("nll", "kl_to_teacher", "agreement", "confidence", "correct")
     return {name: torch.cat(values) for name, values in zip(names, zip(*found, strict=True), strict=True)}
 
 
@@ -51,10 +53,13 @@ def head_logits(rows_nD: Tensor, head: Head) -> Tensor:
 
 
 @functools.lru_cache(KERNELS)
-def _scores(arm: DenseForm, teacher: DenseForm, compiling: bool) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    def scores(arm_said: Any, teacher_said: Any, targets_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _scores(arm: DenseForm, teacher: DenseForm, compiling: bool) -> Callable[..., tuple[Tensor, ...]]:
+    def scores(arm_said: Any, teacher_said: Any, targets_n: Tensor) -> tuple[Tensor, ...]:
         logits_nV, teacher_nV = arm.logits(arm_said, 1.0), teacher.logits(teacher_said, 1.0)
-        agreement = (logits_nV.argmax(-1) == teacher_nV.argmax(-1)).to(logits_nV.dtype)
-        return cross_entropy(logits_nV, targets_n), forward_kl(logits_nV, teacher_nV), agreement
+        top_n, kind = logits_nV.argmax(-1), logits_nV.dtype
+        # Both from one softmax: a second pass for the confidence would show in the time of an evaluation.
+        chosen_n2 = logits_nV.log_softmax(-1).gather(-1, torch.stack([targets_n, top_n], -1))
+        agreement, correct = (top_n == teacher_nV.argmax(-1)).to(kind), (top_n == targets_n).to(kind)
+        return -chosen_n2[:, 0], forward_kl(logits_nV, teacher_nV), agreement, chosen_n2[:, 1].exp(), correct
 
     return compile_varying(scores, "position_scores") if compiling else scores

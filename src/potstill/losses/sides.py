@@ -18,7 +18,7 @@ from torch import Tensor
 from potstill.losses.arithmetic import Arithmetic
 from potstill.losses.sparse import buckets, tail_bucket_kl
 from potstill.losses.terms import HeadTerm
-from potstill.types import Head, Mixture, States, TeacherLogits
+from potstill.types import Head, Logits, Mixture, States, TeacherLogits
 
 __all__ = ["DenseForm", "Finish", "Form", "Opened", "Parts", "Side", "open_logits"]
 
@@ -78,6 +78,24 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True)
+class Given:
+    """Logits that are there already: nothing to multiply."""
+
+    logits_NV: Tensor
+    wide: torch.dtype
+    finish: Finish = Finish(1.0, None)
+    bias_V: None = None
+
+    def buffer(self, _rows: int) -> Tensor:
+        """None is needed."""
+        return self.logits_NV[:0]
+
+    def raw(self, rows: slice, _buffer: Tensor) -> Tensor:
+        """The logits of these rows, [n, V]."""
+        return self.logits_NV[rows].to(self.wide)
+
+
+@dataclass(frozen=True, slots=True)
 class DenseForm:
     """Raw products of one teacher, or of several and the log of their weights."""
 
@@ -110,7 +128,7 @@ class DenseForm:
 class Dense:
     """One model, or several whose probabilities are averaged with weights [N, M]."""
 
-    sides: tuple[Side, ...]
+    sides: tuple[Side | Given, ...]
     log_weights_NM: Tensor | None = None
 
     @property
@@ -174,6 +192,8 @@ def open_logits(logits: TeacherLogits, wide: torch.dtype = torch.float32) -> Ope
     """A side in whatever form it comes, ready for chunks; a list in the dtype `wide`."""
     if isinstance(logits, States):
         return Dense((Side.of(logits),))
+    if isinstance(logits, Logits):
+        return Dense((Given(logits.logits_NV, torch.promote_types(logits.logits_NV.dtype, wide)),))
     if isinstance(logits, Mixture):
         sides = tuple(map(Side.of, logits.members))
         widest = functools.reduce(torch.promote_types, (side.arithmetic.wide for side in sides))

@@ -5,11 +5,11 @@ Refuses to keep a teacher in memory that nobody asks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +18,8 @@ from accelerate.utils import set_seed
 from potstill.data import PackedRows
 from potstill.engines import load_model, load_tokenizer, models_of, pick_device
 from potstill.pipeline import build
+from potstill.pipeline.capture import HELD_OUT_LESSONS, open_reader, validated_at_once
+from potstill.pipeline.lessons import Inputs, open_lessons, read_lessons
 from potstill.pipeline.memory import keep_freed_memory
 from potstill.pipeline.metrics import MetricsLog, start_trackers
 from potstill.pipeline.places import STUDENT
@@ -27,20 +29,27 @@ from potstill.pipeline.stopping import Stopping
 from potstill.recipes import Recipe
 from potstill.students import save_student
 from potstill.training import Callbacks, CheckpointStore, RowSource, Training, train
-from potstill.types import Lesson, Reader, Wants
+from potstill.types import Batch, Lesson, Reader
 
-__all__ = ["Arm", "Inputs", "read_lessons", "train_arm"]
+__all__ = ["Arm", "Inputs", "train_arm"]
 
 Arm = Literal["student", "control"]
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
-    """What training reads: the folders of prepare and initialise, and how many tokens teacher and student share."""
+class _Lessons:
+    """Where the arm's lessons come from.
 
-    prepared: Path
-    initial: Path
-    vocabulary: int
+    teacher   who speaks, None where the arm asks nobody
+    mark      where a teacher speaks who does not everywhere
+    held_out  validation lessons
+    models    what runs in every step, to be compiled
+    """
+
+    teacher: Reader | None
+    mark: Callable[[Batch], Batch] | None
+    held_out: list[Lesson]
+    models: tuple[Any, ...] = ()
 
 
 def train_arm(recipe: Recipe, stage: Stage, inputs: Inputs, arm: Arm, *, stopping: Stopping) -> None:
@@ -68,14 +77,6 @@ def train_arm(recipe: Recipe, stage: Stage, inputs: Inputs, arm: Arm, *, stoppin
     store.clear()  # not before the stage is finished: until then they are what a crash would continue from
 
 
-def read_lessons(teacher: Reader, rows: PackedRows, most: int | None, *, at_once: int) -> Iterator[Lesson]:
-    """The first `most` rows (None: all) with what the teacher says about them: its next-token distributions."""
-    count = len(rows) if most is None else min(most, len(rows))
-    for start in range(0, count, at_once):
-        batch = rows.batch(range(start, min(start + at_once, count)))
-        yield Lesson(batch, teacher.read(batch, Wants(final=True)))
-
-
 def _assemble(recipe: Recipe, inputs: Inputs, arm: Arm, rows: PackedRows, *, steps: int) -> tuple[Training, Any]:
     """All parts of the training, and the student's model itself, which is what is saved at the end."""
     device = pick_device(recipe.training.device, "training.device")
@@ -83,15 +84,16 @@ def _assemble(recipe: Recipe, inputs: Inputs, arm: Arm, rows: PackedRows, *, ste
         torch.cuda.set_device(device)  # accelerate takes the current one
     accelerator = Accelerator(cpu=device.type == "cpu")
     student = load_model(str(inputs.initial / STUDENT), "fp32", accelerator.device, "student")
-    teacher = build.build_teacher(recipe)
     objective = build.build_objective(
-        build.terms_of(recipe, arm), inputs.vocabulary, student.config, teacher.model.config
+        build.terms_of(recipe, arm),
+        inputs.vocabulary,
+        student.config,
+        build.teacher_config(recipe),
+        everywhere=recipe.signals.everywhere,
     ).to(accelerator.device)
-    build.compile_blocks(recipe, steps, student, models_of(teacher) if objective.needs else ())
-    held_out = PackedRows(inputs.prepared / "validation")
-    # In batches of the training's shape: another one would be compiled once more.
-    at_once = min(recipe.training.rows_at_once, recipe.training.validation_rows)
-    validation = read_lessons(teacher, held_out, recipe.training.validation_rows, at_once=at_once)
+    asks = bool(objective.needs)
+    lessons = _stored_lessons(recipe, inputs, asks=asks) if inputs.captured else _online(recipe, inputs, asks=asks)
+    build.compile_blocks(recipe, steps, student, lessons.models)
     training = Training(
         build.build_trainable(recipe, student),
         objective,
@@ -100,15 +102,37 @@ def _assemble(recipe: Recipe, inputs: Inputs, arm: Arm, rows: PackedRows, *, ste
             seed=recipe.seed,
             batch_rows=recipe.training.batch_rows,
             rows_at_once=recipe.training.rows_at_once,
-            teacher=teacher if objective.needs else None,
+            teacher=lessons.teacher,
             wants=build.wants_of(objective),
+            mark=lessons.mark,
             rank=(accelerator.process_index, accelerator.num_processes),
         ),
         accelerator,
-        list(validation),
+        lessons.held_out,
         build.build_examiner(inputs.vocabulary),
     )
     return training, student
+
+
+def _online(recipe: Recipe, inputs: Inputs, *, asks: bool) -> _Lessons:
+    """Lessons of a teacher in this process; one who is asked about held-out rows only is let go after that."""
+    teacher = build.build_teacher(recipe)
+    held_out = PackedRows(inputs.prepared / "validation")
+    most, at_once = recipe.training.validation_rows, validated_at_once(recipe)
+    validation = list(read_lessons(teacher, held_out, most, at_once=at_once))
+    return _Lessons(teacher if asks else None, None, validation, models_of(teacher) if asks else ())
+
+
+def _stored_lessons(recipe: Recipe, inputs: Inputs, *, asks: bool) -> _Lessons:
+    """Lessons of a teacher who has spoken: no model of it is loaded."""
+    captured = cast(Path, inputs.captured)
+    rows = PackedRows(inputs.prepared / "validation")
+    most, at_once = recipe.training.validation_rows, validated_at_once(recipe)
+    validation = open_lessons(captured / HELD_OUT_LESSONS, rows, most, at_once=at_once)
+    if not asks:
+        return _Lessons(None, None, validation)
+    reader = open_reader(recipe, captured)
+    return _Lessons(reader, None if recipe.signals.everywhere else reader.mark, validation)
 
 
 def _callbacks(log: MetricsLog, meter: Meter, tokens_a_step: int, *, stopping: Stopping) -> Callbacks:

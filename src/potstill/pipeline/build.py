@@ -69,6 +69,8 @@ __all__ = [
     "check_sources",
     "compile_blocks",
     "count_steps",
+    "fixed",
+    "teacher_config",
     "teachers_of",
     "terms_of",
     "wants_of",
@@ -100,6 +102,12 @@ def teachers_of(recipe: Recipe) -> Mapping[str, Member]:
         case MixtureTeacher(members=members):
             return {f"teacher.members[{number}].model": member for number, member in enumerate(members)}
     raise ValueError("teacher.kind=run has no model of its own: settle the recipe first, when its assistant is trained")
+
+
+def teacher_config(recipe: Recipe) -> Any:
+    """The config of the model that teaches, of several the first one's; of a recipe whose assistant is settled."""
+    key, first = next(iter(teachers_of(recipe).items()))
+    return load_config(resolve_model(first.model, key), key)
 
 
 def check_sources(recipe: Recipe, sources: Iterable[str], *, complete: bool = True) -> None:
@@ -153,7 +161,9 @@ def build_stand_in(recipe: Recipe, teacher: Any) -> Any:
         keep = even_layers(depth, student.count) if isinstance(student.keep, str) and student.count else student.keep
         return cut_layers(teacher, [int(layer) for layer in keep])
     if isinstance(student, FreshStudent):
-        return fresh_model(teacher.config, student.config.model_dump(exclude_none=True), recipe.seed)
+        return fresh_model(
+            teacher.config, student.config.model_dump(exclude_none=True), recipe.seed, teacher.device.type
+        )
     config = load_config(resolve_model(student.model, "student.model"), "student.model")
     return (
         blank_model(config, "student.model") if teacher.device.type == "meta" else fresh_model(config, {}, recipe.seed)
@@ -215,20 +225,24 @@ def terms_of(recipe: Recipe, arm: str) -> list[LossTerm]:
     return list(recipe.losses) if arm == "student" else [CrossEntropy(kind="cross_entropy")]
 
 
-def build_objective(terms: Sequence[LossTerm], vocabulary: int, student: Any, teacher: Any) -> Objective:
+def build_objective(
+    terms: Sequence[LossTerm], vocabulary: int, student: Any, teacher: Any, *, everywhere: bool = True
+) -> Objective:
     """The objective of these terms. `student` and `teacher` are model configs, for depths and widths.
 
-    Raises RecipeError where a layer map names a layer that a model does not have.
+    `everywhere` says that the teacher speaks at every supervised position: then all terms over the vocabulary share a
+    pass. Raises RecipeError where a layer map names a layer that a model does not have.
     """
     head = [_head_term(term) for term in terms if isinstance(term, VocabularyTerm)]
-    losses: list[HeadLoss | HiddenLoss] = [HeadLoss(head, vocabulary)] if head else []
+    passes = [head] if everywhere else [[one for one in head if one.needs_teacher is soft] for soft in (True, False)]
+    losses: list[HeadLoss | HiddenLoss] = [HeadLoss(own, vocabulary) for own in passes if own]
     configs = student.get_text_config(), teacher.get_text_config()
     widths = (configs[0].hidden_size, configs[1].hidden_size)
     depths = (configs[0].num_hidden_layers, configs[1].num_hidden_layers)
     for index, term in enumerate(terms):
         if not isinstance(term, VocabularyTerm):
             layers = _layer_map(term, depths, f"losses[{index}].layers")
-            losses.append(HiddenLoss(term.kind, layers, widths, _fixed(term.weight)))
+            losses.append(HiddenLoss(term.kind, layers, widths, fixed(term.weight)))
     return Objective(losses, {term.kind: schedule for term in terms if (schedule := _schedule_of(term))})
 
 
@@ -271,14 +285,14 @@ def count_steps(recipe: Recipe, rows: int) -> int:
 
 
 def _head_term(term: VocabularyTerm) -> HeadTerm:
-    weight = _fixed(term.weight)
+    weight = fixed(term.weight)
     if not isinstance(term, SoftTerm):
         return HeadTerm(term.kind, weight, settings=term.settings)
     squared = term.times_temperature_squared
-    return HeadTerm(term.kind, weight, _fixed(term.temperature), squared, term.settings)
+    return HeadTerm(term.kind, weight, fixed(term.temperature), squared, term.settings, term.biased)
 
 
-def _fixed(number: float | LinearRamp | CosineRamp | ConstantRamp) -> float:
+def fixed(number: float | LinearRamp | CosineRamp | ConstantRamp) -> float:
     """The number itself; 1 where it moves, since the schedule brings the rest."""
     if isinstance(number, ConstantRamp):
         return number.value

@@ -89,14 +89,17 @@ def replace_folder(temp: Path, final: Path) -> None:
         remove(aside)
 
 
-def check_disk(folder: Path, needed_bytes: int, what: str) -> None:
-    """Raises RunError unless the disk that holds `folder`, which need not exist yet, has the room for `what`."""
+def check_disk(folder: Path, needed_bytes: int, what: str, key: str = "run_dir") -> None:
+    """Raises RunError unless the disk that holds `folder`, which need not exist yet, has the room for `what`.
+
+    `key` is the recipe's name for the folder.
+    """
     place = _existing(folder)
     free_bytes = shutil.disk_usage(place).free
     if free_bytes < needed_bytes:
         raise RunError(
-            f"run_dir: {place} has {free_bytes / 1e9:.2f} GB free, but {what} needs {needed_bytes / 1e9:.2f} GB. "
-            "Free some space, or choose another run_dir."
+            f"{key}: {place} has {free_bytes / 1e9:.2f} GB free, but {what} needs {needed_bytes / 1e9:.2f} GB. "
+            f"Free some space, or choose another {key}."
         )
 
 

@@ -7,7 +7,7 @@ that differ, devices and packages that are missing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -20,15 +20,19 @@ from potstill.pipeline.chain import blaming, load_chain, student_folder
 from potstill.pipeline.layers import count_layers
 from potstill.pipeline.metrics import check_trackers
 from potstill.pipeline.places import resolve_data, resolve_model, source_bytes
+from potstill.pipeline.recall import check_signals, spec_for
 from potstill.pipeline.run import is_trained
 from potstill.recipes import Recipe
-from potstill.recipes.schema import FreshStudent, LayersStudent, PretrainedStudent
-from potstill.signals import shared_vocabulary
+from potstill.recipes.schema import LayersStudent, PretrainedStudent, StoredSignals
+from potstill.signals import check_place, encoding_of, shared_vocabulary
 
 __all__ = ["SPEED_TOKENS", "Inspection", "count_parameters", "inspect_recipe", "stage_bytes"]
 
 PREPARED_BYTES = 7
 """Disk per byte of text while it is packed: 20 bytes a token (three int32 and the spool), 3 characters a token."""
+
+CHARACTERS_A_TOKEN = 3
+"""At least so many bytes of text make a token, on the whole."""
 
 SPEED_TOKENS = 16
 """New tokens a prompt when decode speed is measured: enough for a rate, few enough not to be waited for."""
@@ -46,6 +50,8 @@ class Inspection:
     tokenizer: Any
     student_tokenizer: Any
     vocabulary: int
+    record_bytes: int = 0
+    """Of what a store keeps of one position; 0 where nothing is stored."""
 
     @property
     def teacher_parameters(self) -> int:
@@ -65,6 +71,7 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
     SampleError or MissingExtra naming the recipe's key.
     """
     build.check_losses(recipe)
+    check_signals(recipe)
     check_trackers(recipe.training.trackers)
     pick_device(recipe.teacher.device, "teacher.device")
     pick_device(recipe.training.device, "training.device")
@@ -77,7 +84,13 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
     vocabulary = shared_vocabulary(tokenizer, student_tokenizer)
     with init_empty_weights():
         build.build_objective(recipe.losses, vocabulary, student.config, teachers[0].config)
-    return Inspection(teachers, student, tokenizer, student_tokenizer, vocabulary)
+    heads = [model.get_output_embeddings().weight.shape[0] for model in (*teachers, student)]
+    found = Inspection(teachers, student, tokenizer, student_tokenizer, min(vocabulary, *heads))
+    if not isinstance(recipe.signals, StoredSignals):
+        return found
+    if recipe.signals.store:
+        check_place(recipe.signals.store)
+    return replace(found, record_bytes=encoding_of(spec_for(recipe, found.vocabulary, teachers[0].config)).stride)
 
 
 def count_parameters(model: Any) -> int:
@@ -91,12 +104,40 @@ def stage_bytes(recipe: Recipe, found: Inspection) -> Mapping[str, int]:
     # A checkpoint holds the weights and two moments; one more is written before the oldest goes; then the result.
     training = 3 * weights * (recipe.training.checkpoint.keep + 1) + weights
     return {
-        "prepare": PREPARED_BYTES * source_bytes(resolve_data(recipe.data.source)) + SMALL_BYTES,
+        "prepare": _prepared_bytes(recipe) + SMALL_BYTES,
         "initialise": weights + SMALL_BYTES,
+        **_captured_bytes(recipe, found),
         "train": training + SMALL_BYTES,
         "control": training + SMALL_BYTES,
         "evaluate": SMALL_BYTES,
         "report": SMALL_BYTES,
+    }
+
+
+def _prepared_bytes(recipe: Recipe) -> int:
+    """Packed rows: by the size of the source where it is here, and by the tokens that are read of it at most."""
+    here = PREPARED_BYTES * source_bytes(resolve_data(recipe.data.source))
+    most = round(PREPARED_BYTES * CHARACTERS_A_TOKEN * (recipe.data.max_tokens or 0))
+    return min(here or most, most or here)
+
+
+def _captured_bytes(recipe: Recipe, found: Inspection) -> Mapping[str, int]:
+    """What a capture writes beside the run: held-out lessons with the teacher's head; and its store, if that is here.
+
+    The store's size follows from the tokens of the training, or, where these are not given, from the data's.
+    """
+    if not isinstance(recipe.signals, StoredSignals):
+        return {}
+    held_out = recipe.training.validation_rows * recipe.data.sequence_length
+    widths = [model.config.get_text_config().hidden_size for model in found.teachers]
+    lessons = 4 * sum(widths) * (held_out + found.vocabulary)
+    steps = 0 if recipe.training.epochs else build.count_steps(recipe, 0)
+    asked = steps * recipe.training.batch_rows * recipe.data.sequence_length
+    there = _prepared_bytes(recipe) // (PREPARED_BYTES * CHARACTERS_A_TOKEN)
+    tokens = min(asked or there, there or asked)
+    here = recipe.signals.store is None
+    return {
+        "capture": lessons + SMALL_BYTES + (round(recipe.signals.share * tokens) * found.record_bytes if here else 0)
     }
 
 
@@ -137,11 +178,8 @@ def _check_writing(recipe: Recipe, configs: Sequence[Any]) -> None:
 def _blank_student(recipe: Recipe, teacher: Any) -> Any:
     if isinstance(recipe.student, LayersStudent):
         count_layers(recipe.student, teacher.config.get_text_config().num_hidden_layers)
-    if isinstance(recipe.student, FreshStudent):  # whether sizes go together shows only where numbers flow
-        student = build.build_stand_in(recipe, teacher).to("meta")
-    else:
-        with init_empty_weights():
-            student = build.build_stand_in(recipe, teacher)
+    with init_empty_weights():
+        student = build.build_stand_in(recipe, teacher)
     student.tie_weights()  # leaving the weights out parts what is tied
     return student
 

@@ -14,12 +14,12 @@ import torch
 
 from potstill.data import PackedRows
 from potstill.engines import TeacherEngine, find_folder, models_of, pick_device
-from potstill.evaluation import DocumentScores, compare_arms, folder_bytes, measure_speed, score_arm
+from potstill.evaluation import DocumentScores, compare_arms, folder_bytes, measure_speed, reliability, score_arm
 from potstill.losses import position_scores
 from potstill.pipeline import build
-from potstill.pipeline.arms import read_lessons
 from potstill.pipeline.disk import read_json, write_json_atomic
 from potstill.pipeline.inspection import SPEED_TOKENS, count_parameters
+from potstill.pipeline.lessons import read_lessons
 from potstill.pipeline.memory import peak_memory_bytes, release_memory, reset_peak_memory, resident_memory_bytes
 from potstill.pipeline.places import resolve_model
 from potstill.pipeline.progress import Meter, metered
@@ -76,6 +76,8 @@ def evaluate(recipe: Recipe, stage: Stage, prepared: Path, arms: Mapping[str, Pa
     scores = {arm: answer.scores for arm, answer in answers.items()}
     found = compare_arms(scores, recipe.evaluation.resamples, recipe.seed)
     write_json_atomic(stage.folder / "measurements.json", [asdict(measurement) for measurement in (*found, *costs)])
+    sure = {arm: [asdict(one) for one in reliability(found.bins_DM3.sum(0))] for arm, found in scores.items()}
+    write_json_atomic(stage.folder / "calibration.json", sure)
     write_json_atomic(stage.folder / "samples.json", _samples(questions.prompts if questions else [], answers))
     stage.finish(rows=count, documents=len(scores["teacher"].documents))
 

@@ -5,6 +5,7 @@ Refuses to promise: every figure says whether it was measured here or estimated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,12 +19,13 @@ from potstill.pipeline import build
 from potstill.pipeline.calibration import Pace, measure_pace
 from potstill.pipeline.chain import blaming, load_chain, settle
 from potstill.pipeline.disk import check_disk, check_writable, folder_bytes
+from potstill.pipeline.fidelity import describe_fidelity
 from potstill.pipeline.inspection import Inspection, inspect_recipe, stage_bytes
 from potstill.pipeline.run import explain_run, is_trained
 from potstill.pipeline.rundir import check_unlocked
 from potstill.pipeline.survey import Survey, survey_data
 from potstill.recipes import Recipe
-from potstill.recipes.schema import LayersStudent, MixtureTeacher
+from potstill.recipes.schema import LayersStudent, MixtureTeacher, StoredSignals
 from potstill.students import fresh_model
 
 __all__ = ["Estimate", "estimate_run", "print_plan"]
@@ -55,6 +57,8 @@ class Estimate:
     disk_bytes: int
     operations: float
     complete: bool
+    record_bytes: int = 0
+    """Of one position in a store of signals; 0 where none are stored."""
 
 
 def print_plan(recipe: Recipe, *, measure: bool) -> None:
@@ -103,25 +107,31 @@ def estimate_run(recipe: Recipe, found: Inspection, survey: Survey) -> Estimate:
     """Sizes from the configs, tokens from some of the documents."""
     lengths = [len(encoded.ids) for encoded in encode_examples(survey.sampled, found.tokenizer)]
     mean = sum(lengths) / max(1, len(survey.sampled))
-    train_rows = max(1, round(mean * survey.documents["train"] / recipe.data.sequence_length))
+    train_tokens = mean * survey.documents["train"]
+    share = min(1.0, (recipe.data.max_tokens or math.inf) / max(1.0, train_tokens))
+    train_rows = max(1, round(share * train_tokens / recipe.data.sequence_length))
     steps = build.count_steps(recipe, train_rows)
     train_tokens = steps * recipe.training.batch_rows * recipe.data.sequence_length
-    online = any(term.needs for term in recipe.losses)
+    asked = any(term.needs for term in recipe.losses)
     arms = 2 if recipe.control.enabled else 1
-    per_token = arms * TRAIN * found.student_parameters + (FORWARD * found.teacher_parameters if online else 0)
+    once = isinstance(recipe.signals, StoredSignals)
+    read_tokens = min(train_tokens, train_rows * recipe.data.sequence_length) if once else train_tokens
+    operations = float(train_tokens) * arms * TRAIN * found.student_parameters
+    operations += float(read_tokens) * FORWARD * found.teacher_parameters if asked else 0.0
     needed = stage_bytes(recipe, found)
     return Estimate(
         teacher_parameters=found.teacher_parameters,
         student_parameters=found.student_parameters,
-        data_tokens=round(mean * survey.documents.total()),
+        data_tokens=round(share * mean * survey.documents.total()),
         train_rows=train_rows,
         steps=steps,
         train_tokens=train_tokens,
         memory_bytes=_memory_bytes(recipe, found),
         # Checkpoints of the first arm are gone when the second trains.
         disk_bytes=sum(needed.values()) - (needed["control"] if recipe.control.enabled else 0),
-        operations=float(train_tokens) * per_token,
-        complete=survey.complete,
+        operations=operations,
+        complete=survey.complete or share < 1.0,
+        record_bytes=found.record_bytes,
     )
 
 
@@ -131,6 +141,8 @@ def _memory_bytes(recipe: Recipe, found: Inspection) -> int:
     positions = recipe.training.rows_at_once * recipe.data.sequence_length
     layers = 2 if recipe.training.gradient_checkpointing else text.num_hidden_layers
     teacher = found.teacher_parameters * (2 if recipe.teacher.dtype == "bf16" else 4)
+    if isinstance(recipe.signals, StoredSignals):
+        teacher = 0  # it has spoken before
     activations = ACTIVATION_BYTES * positions * text.hidden_size * layers
     return int(TRAINED_WEIGHT_BYTES * found.student_parameters + teacher + activations)
 
@@ -146,6 +158,10 @@ def _size_rows(recipe: Recipe, found: Estimate) -> Iterator[tuple[str, str, str]
     yield "training", f"{least}{found.steps:,} steps, {found.train_tokens:,} tokens", "recipe"
     arms = "student and control" if recipe.control.enabled else "student (no control: the gain stays unknown)"
     yield "arms", arms, "recipe"
+    if isinstance(signals := recipe.signals, StoredSignals):
+        kept = min(found.train_tokens, found.train_rows * recipe.data.sequence_length) * signals.share
+        size = f"{found.record_bytes} bytes a position, {kept * found.record_bytes / 1e9:.2g} GB"
+        yield "signals", f"{signals.kind}, {size} at most; no teacher in training", "recipe"
     yield "memory", f"{found.memory_bytes / 1e9:.1f} GB", "estimated"
     yield "disk", f"{found.disk_bytes / 1e9:.1f} GB at most", "estimated"
     yield "money", "0: every model runs here", "recipe"
@@ -156,11 +172,17 @@ def _time_rows(recipe: Recipe, found: Estimate, pace: Pace | None) -> Iterator[t
         yield "time", f"{found.operations:.2g} operations; --measure turns them into minutes", "estimated"
         return
     rows = found.steps * recipe.training.batch_rows
+    if pace.fidelity:
+        for measure, value, _ in describe_fidelity(pace.fidelity):
+            yield f"signals: {measure}", value, "measured here"
     minutes = {f"train {arm}": seconds * rows / 60 for arm, seconds in pace.training.items()}
     held_out = max(1, round(found.train_rows * recipe.data.splits.test))
     minutes["evaluate"] = pace.evaluation * min(held_out, recipe.evaluation.max_rows or held_out) / 60
-    for name, value in minutes.items():
-        yield f"time: {name}", f"{value:.1f} minutes", "measured here"
+    if pace.capture is not None:
+        rows_once = min(rows, found.train_rows)
+        minutes = {"capture (once)": pace.capture * rows_once / 60, **minutes}
+    for name, took in minutes.items():
+        yield f"time: {name}", f"{took:.1f} minutes", "measured here"
     student = recipe.student
     searching = isinstance(student, LayersStudent) and student.keep == "greedy"
     search = f", and up to {student.search.minutes:g} for the layers" if isinstance(student, LayersStudent) else ""

@@ -7,9 +7,11 @@ and to redo what is finished.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from potstill.errors import Interrupted, RecipeError, RunError
 from potstill.pipeline.chain import blaming, load_chain, settle
@@ -18,14 +20,18 @@ from potstill.pipeline.places import STUDENT, identify
 from potstill.pipeline.rundir import RunDir, Stage, StageStatus, open_run
 from potstill.pipeline.stopping import Stopping
 from potstill.recipes import Recipe, dump_recipe, fingerprint
-from potstill.recipes.schema import MixtureTeacher, PretrainedStudent, RunTeacher
+from potstill.recipes.losses import SoftTerm
+from potstill.recipes.schema import MixtureTeacher, PretrainedStudent, RunTeacher, StoredSignals
 
-__all__ = ["STAGES", "explain_run", "is_trained", "run_recipe", "stage_fingerprints"]
+if TYPE_CHECKING:
+    from potstill.pipeline.lessons import Inputs
+
+__all__ = ["STAGES", "explain_run", "inputs_of", "is_trained", "run_part", "run_recipe", "stage_fingerprints"]
 
 _log = logging.getLogger("potstill")
 
-STAGES = ("prepare", "initialise", "train", "control", "evaluate", "report")
-"""All stages in order. `control` is left out where the recipe switches it off."""
+STAGES = ("prepare", "initialise", "capture", "train", "control", "evaluate", "report")
+"""All stages in order. `capture` is left out where signals are not stored, `control` where the recipe says so."""
 
 ROWS = "rows that know their sources"
 """Which rows prepare writes: another text here makes those of earlier versions stale."""
@@ -33,11 +39,19 @@ ROWS = "rows that know their sources"
 ASSISTANT = "assistant"
 """Name of the assistant's student among the inputs of a stage."""
 
+NO_CAPTURE = "signals.kind: online keeps nothing, so there is nothing to capture. Use sampled, for example."
+
 LOOKED_AT = 2000
 """Documents that are looked at before an assistant is trained for hours."""
 
 FREE_TRAINING_KEYS = {"checkpoint", "trackers"}
 """Settings of the training that change how it is watched and kept, not what comes out of it."""
+
+LENGTH_KEYS = {"tokens", "steps", "epochs", "batch_rows", "micro_batch_rows", "validation_rows"}
+"""Settings of the training that decide what a store must hold for it."""
+
+FREE_SIGNAL_KEYS = {"store", "batch_tokens"}
+"""Settings of the signals that change where they are and how fast they come, not what a student learns of them."""
 
 
 def stage_fingerprints(recipe: Recipe) -> dict[str, str]:
@@ -49,7 +63,13 @@ def stage_fingerprints(recipe: Recipe) -> dict[str, str]:
     data = [recipe.data, identify(recipe.data.source), tokenizer, recipe.seed]
     found = {"prepare": fingerprint(["prepare", ROWS, data])}
     found["initialise"] = fingerprint(["initialise", found["prepare"], student, teacher])
-    found["train"] = fingerprint(["train", found["initialise"], training, recipe.losses])
+    said: list[object] = []
+    if isinstance(recipe.signals, StoredSignals):
+        length = recipe.training.model_dump(include=LENGTH_KEYS)
+        temperatures = [term.temperature for term in recipe.losses if isinstance(term, SoftTerm)]
+        found["capture"] = fingerprint(["capture", found["initialise"], length, temperatures, recipe.signals])
+        said = [recipe.signals.model_dump(exclude=FREE_SIGNAL_KEYS)]
+    found["train"] = fingerprint(["train", found["initialise"], training, recipe.losses, *said])
     if recipe.control.enabled:
         found["control"] = fingerprint(["control", found["initialise"], training])
     found["evaluate"] = fingerprint(["evaluate", found["train"], found.get("control"), recipe.evaluation])
@@ -60,7 +80,20 @@ def stage_fingerprints(recipe: Recipe) -> dict[str, str]:
 
 def explain_run(recipe: Recipe) -> list[StageStatus]:
     """Where every stage of this recipe's run stands; touches nothing."""
-    return RunDir(recipe.folder).explain(list(stage_fingerprints(recipe).items()))
+    return _explain(RunDir(recipe.folder), stage_fingerprints(recipe))
+
+
+def _explain(run: RunDir, fingerprints: Mapping[str, str]) -> list[StageStatus]:
+    """A capture is as good as the store that it filled; but once the student is trained, nobody needs that any more."""
+    statuses = run.explain(list(fingerprints.items()))
+    by_name = {status.stage: status for status in statuses}
+    capture, train = by_name.get("capture"), by_name.get("train")
+    if capture and train and capture.state == "done" and train.state != "done":
+        from potstill.pipeline.recall import explain_store
+
+        why = explain_store(run.manifest("capture").facts)
+        return [StageStatus("capture", "damaged", why) if why and one is capture else one for one in statuses]
+    return statuses
 
 
 def is_trained(recipe: Recipe) -> bool:
@@ -77,11 +110,13 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, stopping: Stopping |
     """
     fingerprints = stage_fingerprints(recipe)
     if until is not None and until not in fingerprints:
+        if until == "capture":
+            raise RecipeError(NO_CAPTURE)
         raise RecipeError(f"{until}.enabled: false, so there is no such stage. Set it to true.")
     names = list(fingerprints)
     wanted = names if until is None else names[: names.index(until) + 1]
     with open_run(recipe.folder) as run:
-        statuses = run.explain([(name, fingerprints[name]) for name in wanted])
+        statuses = [status for status in _explain(run, fingerprints) if status.stage in wanted]
         due = [status.stage for status in statuses if status.state != "done"]
         # Before the assistant's run: what is wrong with this recipe should not show hours later.
         walk = _Walk(recipe, settle(recipe), run.folder, stopping or Stopping(), _stage_bytes(recipe, set(due)))
@@ -189,6 +224,10 @@ class _Walk:
                 from potstill.pipeline.stages import initialise
 
                 initialise(self.recipe, stage, self.folder / "prepare")
+            case "capture":
+                from potstill.pipeline.capture import capture
+
+                capture(self.recipe, stage, inputs_of(self.recipe), self.stopping)
             case "train" | "control":
                 self._train(name, stage)
             case "evaluate":
@@ -201,18 +240,47 @@ class _Walk:
                 report(self.asked, stage, self.folder)
 
     def _train(self, name: str, stage: Stage) -> None:
-        from potstill.pipeline.arms import Inputs, train_arm
+        from potstill.pipeline.arms import train_arm
 
-        initial: Mapping[str, object] = RunDir(self.folder).manifest("initialise").facts
-        vocabulary = int(str(initial["vocabulary"]))
-        inputs = Inputs(self.folder / "prepare", self.folder / "initialise", vocabulary)
-        train_arm(self.recipe, stage, inputs, "student" if name == "train" else "control", stopping=self.stopping)
+        arm: Literal["student", "control"] = "student" if name == "train" else "control"
+        train_arm(self.recipe, stage, inputs_of(self.recipe), arm, stopping=self.stopping)
 
     def _arms(self) -> Mapping[str, Path]:
         stages = {"untrained": "initialise", "control": "control", "student": "train"}
         if not self.recipe.control.enabled:
             del stages["control"]
         return {arm: self.folder / stage / STUDENT for arm, stage in stages.items()}
+
+
+def run_part(recipe: Recipe, part: str, stopping: Stopping) -> str:
+    """Do one part of a recipe's capture beside other processes, as "2/4" says; returns what was done in words.
+
+    Needs the stages before; only reads the run folder. Raises RecipeError for another part, or where nothing is stored,
+    RunError where a stage before is not done.
+    """
+    found = re.fullmatch(r"([1-9][0-9]{0,5})/([1-9][0-9]{0,5})", part)
+    if not found or int(found[1]) > int(found[2]):
+        raise RecipeError(f"--part: got {part}, needs I/N with I from 1 to N, for example 1/4.")
+    if not isinstance(recipe.signals, StoredSignals):
+        raise RecipeError(NO_CAPTURE)
+    settled, fingerprints = settle(recipe), stage_fingerprints(recipe)
+    for name in ("prepare", "initialise"):
+        if RunDir(recipe.folder).state(name, fingerprints[name]) != "done":
+            raise RunError(f"--part: {name} is not done in {recipe.folder}. Run `potstill initialise` first, once.")
+    from potstill.pipeline.capture import capture_part
+
+    done = capture_part(settled, inputs_of(recipe), (int(found[1]) - 1, int(found[2])), stopping)
+    return f"part {part}: {done.pieces:,} pieces, {done.tokens:,} tokens in {done.seconds:.0f} s"
+
+
+def inputs_of(recipe: Recipe) -> Inputs:
+    """Where a training of this recipe, or a capture for it, finds what the stages before have made."""
+    from potstill.pipeline.lessons import Inputs
+
+    folder = recipe.folder
+    initial: Mapping[str, object] = RunDir(folder).manifest("initialise").facts
+    captured = folder / "capture" if isinstance(recipe.signals, StoredSignals) else None
+    return Inputs(folder / "prepare", folder / "initialise", int(str(initial["vocabulary"])), captured)
 
 
 def _stage_bytes(recipe: Recipe, due: set[str]) -> Mapping[str, int]:

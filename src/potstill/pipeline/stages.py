@@ -5,14 +5,17 @@ Refuses to hold anything between stages: a stage that starts after a crash finds
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from pydantic import JsonValue
 
-from potstill.data import Cleaning, PackedRows, encode_examples, write_rows
+from potstill.data import Cleaning, Encoded, PackedRows, Split, encode_examples
+from potstill.data.pack import RowWriter
 from potstill.engines import TeacherEngine, load_model, load_tokenizer, models_of
 from potstill.pipeline import build
 from potstill.pipeline.disk import write_json_atomic
@@ -22,7 +25,7 @@ from potstill.pipeline.places import STUDENT, resolve_model
 from potstill.pipeline.progress import Meter, metered
 from potstill.pipeline.prompts import dump_examples
 from potstill.pipeline.rundir import Stage
-from potstill.pipeline.survey import SPLITS, read_split, survey_data
+from potstill.pipeline.survey import SPLITS, Placed, survey_data
 from potstill.recipes import Recipe
 from potstill.recipes.schema import FreshStudent, LayersStudent, MixtureTeacher
 from potstill.signals import shared_vocabulary
@@ -33,28 +36,46 @@ __all__ = ["HELD_OUT", "initialise", "prepare"]
 HELD_OUT = "held_out.json"
 """Some documents of the test split as they are, for the prompts of the report."""
 
+ENCODED_AT_ONCE = 256
+"""Documents that go through the tokenizer together, which is fastest with many."""
+
 Item = TypeVar("Item")
 
 
 def prepare(recipe: Recipe, stage: Stage) -> None:
-    """Turn the user's rows into packed token rows, split by document, and keep some held-out documents to show."""
+    """Turn the user's rows into packed token rows, split by document, and keep some held-out documents to show.
+
+    One pass over the source fills all splits; it ends where the train split has `data.max_tokens`.
+    """
     key, first = next(iter(build.teachers_of(recipe).items()))
     tokenizer = load_tokenizer(resolve_model(first.model, key), key)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    with metered("prepare: read", None, "documents") as meter:
-        survey = survey_data(recipe, seen=meter.advance)
-    build.check_sources(recipe, survey.sources)
+    length, budget = recipe.data.sequence_length, recipe.data.max_tokens
+    with ExitStack() as stack:
+        meter = stack.enter_context(metered("prepare", None, "documents"))
+        writers = {
+            split: stack.enter_context(
+                RowWriter(stage.folder / split, sequence_length=length, pad_id=pad, seed=recipe.seed)
+            )
+            for split in SPLITS
+        }
+        survey = survey_data(
+            recipe, through=lambda documents: _counted(_pack(documents, tokenizer, writers, budget), meter)
+        )
+        build.check_sources(recipe, survey.sources)
+        stats = {split: writer.finish() for split, writer in writers.items()}
     write_json_atomic(stage.folder / HELD_OUT, dump_examples(survey.held_out))
-    documents: dict[str, JsonValue] = {}
-    tokens: dict[str, JsonValue] = {}
-    rows: dict[str, JsonValue] = {}
-    with metered("prepare: pack", survey.documents.total(), "documents") as meter:
-        for split in SPLITS:
-            encoded = encode_examples(_counted(read_split(recipe, split), meter), tokenizer)
-            length = recipe.data.sequence_length
-            stats = write_rows(encoded, stage.folder / split, sequence_length=length, pad_id=pad, seed=recipe.seed)
-            documents[split], tokens[split], rows[split] = stats.documents, stats.tokens, stats.rows
-    stage.finish(documents=documents, tokens=tokens, rows=rows, cleaning=_describe(survey.cleaning))
+    stage.finish(
+        documents={split: found.documents for split, found in stats.items()},
+        tokens={split: found.tokens for split, found in stats.items()},
+        rows={split: found.rows for split, found in stats.items()},
+        cleaning=_describe(survey.cleaning),
+        reading={
+            "source_rows": survey.cleaning.rows,
+            "documents_used": survey.documents.total(),
+            "stopped_at_max_tokens": budget is not None and stats["train"].tokens >= budget,
+        },
+    )
 
 
 def initialise(recipe: Recipe, stage: Stage, prepared: Path) -> None:
@@ -88,6 +109,22 @@ def _make_student(recipe: Recipe, teacher: TeacherEngine, prepared: Path) -> tup
     model = resolve_model(student.model, "student.model")
     loaded = load_model(model, "fp32", torch.device("cpu"), "student.model")
     return loaded, load_tokenizer(model, "student.model"), {}
+
+
+def _pack(
+    documents: Iterator[Placed], tokenizer: Any, writers: Mapping[Split, RowWriter], budget: float | None
+) -> Iterator[Placed]:
+    """Write documents to the rows of their splits and hand them on, until the train split has `budget` tokens."""
+    while batch := list(islice(documents, ENCODED_AT_ONCE)):
+        encoded: dict[str, list[Encoded]] = {example.id: [] for _, example in batch}
+        for page in encode_examples((example for _, example in batch), tokenizer):
+            encoded[page.id].append(page)
+        for split, example in batch:
+            for page in encoded[example.id]:
+                writers[split].add(page)
+            yield split, example
+            if budget is not None and writers["train"].tokens >= budget:
+                return
 
 
 def _counted(items: Iterable[Item], meter: Meter) -> Iterator[Item]:

@@ -1,4 +1,4 @@
-"""The first look at the data: which documents there are, in which split each falls, and some to show.
+"""Reading the data, once: which documents there are, in which split each falls, and some to show.
 
 Refuses data in which a split is empty, and says which.
 """
@@ -16,9 +16,12 @@ from potstill.pipeline.places import resolve_data
 from potstill.recipes import Recipe
 from potstill.types import Example
 
-__all__ = ["SPLITS", "Survey", "read_examples", "read_split", "survey_data"]
+__all__ = ["SPLITS", "Placed", "Survey", "survey_data"]
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+Placed = tuple[Split, Example]
+"""A document, and the split that it falls into."""
 
 HELD_OUT_DOCUMENTS = 64
 """Documents of the test split that are kept as they are, for the prompts of the report."""
@@ -32,7 +35,7 @@ class Survey:
 
     sampled    some documents, evenly spread over those read
     sources    the names of all the files or data sets that they come from
-    complete   False when reading stopped at the limit
+    complete   False when reading stopped at the limit of the survey; what the recipe itself leaves out is not missed
     """
 
     documents: Counter[Split]
@@ -43,19 +46,23 @@ class Survey:
     complete: bool
 
 
-def survey_data(recipe: Recipe, limit: int | None = None, seen: Callable[[int], None] = lambda _: None) -> Survey:
-    """Read all documents, or `limit` of them, and say what there is; `seen(1)` is called for each.
+def survey_data(
+    recipe: Recipe, limit: int | None = None, through: Callable[[Iterator[Placed]], Iterator[Placed]] = iter
+) -> Survey:
+    """Read all documents once, or `limit` of them, and say what there is.
 
-    Raises DataError where there is nothing to read or to use, or where a split got no document.
+    `through` is given the stream of documents and hands on those that count: what it does with each is done in the same
+    pass, and when it ends, reading ends. Raises DataError where there is nothing to read or to use, or where a split
+    got no document.
     """
-    examples, cleaning = read_examples(recipe)
+    examples, cleaning = _read_examples(recipe)
+    placed = through((_split(recipe, example), example) for example in examples)
     documents: Counter[Split] = Counter()
     held_out: list[Example] = []
     sampled: list[Example] = []
     sources: set[str] = set()
     every = 1
-    for number, example in enumerate(islice(examples, limit)):
-        split = _split(recipe, example)
+    for number, (split, example) in enumerate(islice(placed, limit)):
         documents[split] += 1
         sources.add(example.source)
         if split == "test" and len(held_out) < HELD_OUT_DOCUMENTS:
@@ -64,19 +71,13 @@ def survey_data(recipe: Recipe, limit: int | None = None, seen: Callable[[int], 
             sampled.append(example)
         if len(sampled) > SAMPLED_DOCUMENTS:  # twice as sparse from now on
             sampled, every = sampled[::2], 2 * every
-        seen(1)
-    complete = next(examples, None) is None
+    complete = next(placed, None) is None
     if complete:
         _check_splits(recipe, documents)
     return Survey(documents, tuple(held_out), tuple(sampled), frozenset(sources), cleaning, complete)
 
 
-def read_split(recipe: Recipe, split: Split) -> Iterator[Example]:
-    """The clean examples of one split, in order."""
-    return (example for example in read_examples(recipe)[0] if _split(recipe, example) == split)
-
-
-def read_examples(recipe: Recipe) -> tuple[Iterator[Example], Cleaning]:
+def _read_examples(recipe: Recipe) -> tuple[Iterator[Example], Cleaning]:
     """All clean examples, and the counts of their cleaning, complete when these are read."""
     data = recipe.data
     rows = load_examples(
@@ -107,4 +108,7 @@ def _check_splits(recipe: Recipe, documents: Counter[Split]) -> None:
         "test": f"Raise it above {shares.test:g}, or give more documents.",
     }
     key = "data.splits" if empty[0] == "train" else f"data.splits.{empty[0]}"
-    raise DataError(f"{key}: of {documents.total()} documents none fell into the {empty[0]} split. {advice[empty[0]]}")
+    budget = "" if recipe.data.max_tokens is None else " Reading ends at data.max_tokens: a higher one reads more."
+    raise DataError(
+        f"{key}: of {documents.total()} documents none fell into the {empty[0]} split. {advice[empty[0]]}{budget}"
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from potstill.pipeline import build
 from potstill.pipeline.chain import load_chain
 from potstill.pipeline.disk import read_json
+from potstill.pipeline.fidelity import Fidelity, describe_fidelity
 from potstill.pipeline.metrics import read_metrics
 from potstill.pipeline.places import STUDENT
 from potstill.pipeline.run import stage_fingerprints
@@ -23,7 +25,18 @@ from potstill.pipeline.rundir import Manifest, RunDir, Stage
 from potstill.recipes import Recipe, dump_recipe
 from potstill.recipes.losses import ConstantRamp, CosineRamp, LinearRamp, LossTerm, SoftTerm, VocabularyTerm
 from potstill.recipes.schema import FreshStudent, LayersStudent, Member, MixtureTeacher
-from potstill.report import CurvePoint, DataFacts, Sample, StageCost, Story, write_card, write_report
+from potstill.report import (
+    CurvePoint,
+    DataFacts,
+    ReliabilityPoint,
+    Sample,
+    SignalFacts,
+    StageCost,
+    Story,
+    write_card,
+    write_report,
+)
+from potstill.signals import SignalSpec
 from potstill.types import Measurement
 
 __all__ = ["name_teacher", "report", "tell"]
@@ -33,6 +46,16 @@ VALIDATION_NAMES = {"validation_forward_kl": "kl_to_teacher", "validation_cross_
 PROGRESS_KEYS = {"step", "tokens", "seconds", "loss", "gradient_norm", "learning_rate"}
 SCHEDULED = ("weight_", "temperature_")
 """How the names of what moves over a training begin: settings, not losses to be drawn as curves."""
+
+
+UNBIASED = {
+    "sampled": "the tokens are drawn so that the gradient is right on average",
+    "topk": "a coarser comparison, not a biased one: which of the unlisted tokens are likelier is not taught",
+    "topk_renormalised": "",
+    "hidden": "the teacher's own words, bit for bit",
+    "dense": "the teacher's own words, bit for bit",
+}
+"""Of what is stored, what keeps a student from learning something else."""
 
 
 def report(recipe: Recipe, stage: Stage, folder: Path) -> None:
@@ -48,6 +71,8 @@ def tell(recipe: Recipe, folder: Path) -> Story:
     run = RunDir(folder)
     measurements: Any = read_json(folder / "evaluate" / "measurements.json")
     samples: Any = read_json(folder / "evaluate" / "samples.json")
+    calibration = folder / "evaluate" / "calibration.json"  # earlier versions wrote none
+    sure: Any = read_json(calibration) if calibration.exists() else {}
     manifests = {name: run.manifest(name) for name in stage_fingerprints(recipe) if name != "report"}
     arms = {arm: name for arm, name in ARM_STAGES.items() if name in manifests}
     return Story(
@@ -68,6 +93,8 @@ def tell(recipe: Recipe, folder: Path) -> Story:
         machine=_machine(),
         notes=(*_teacher_notes(recipe), *_notes(manifests["prepare"].facts, manifests["initialise"].facts)),
         base_model=_base_model(recipe),
+        reliability={arm: tuple(ReliabilityPoint(**point) for point in points) for arm, points in sure.items()},
+        signals=_signals(recipe, manifests["capture"].facts) if "capture" in manifests else None,
     )
 
 
@@ -158,6 +185,61 @@ def _point(line: dict[str, Any]) -> CurvePoint:
     return CurvePoint(line["step"], line["tokens"], line["seconds"], line["loss"], terms, validation)
 
 
+def _signals(recipe: Recipe, facts: Mapping[str, Any]) -> SignalFacts:
+    """What is to be told of a finished capture."""
+    spec = SignalSpec.from_json(facts["spec"])
+    seconds, stored = facts["capture_seconds"], max(1, facts["stored_positions"])
+    return SignalFacts(
+        kind=_kept(spec),
+        store=facts["store"],
+        pieces=facts["pieces"],
+        positions=facts["positions"],
+        bytes=round(facts["positions"] * facts["stored_bytes"] / stored),
+        bytes_per_token=facts["stored_bytes"] / stored,
+        captured=facts["captured"],
+        found=facts["pieces"] - facts["captured"],
+        rule=_rule(spec),
+        capture_tokens_per_s=facts["read_tokens"] / seconds if facts["read_tokens"] and seconds else None,
+        quarantined=facts["damaged"],
+        recaptured=facts["captured"] if facts["damaged"] else 0,
+        biased=bool(bias := _bias(recipe, spec)),
+        bias=bias or UNBIASED[spec.kind],
+        fidelity=tuple(describe_fidelity(Fidelity(**facts["fidelity"]))),
+    )
+
+
+def _kept(spec: SignalSpec) -> str:
+    match spec.kind:
+        case "sampled":
+            return f"{spec.k} sampled tokens a position"
+        case "topk":
+            return f"the {spec.k} likeliest tokens a position, and the probability of all others"
+        case "topk_renormalised":
+            return f"the {spec.k} likeliest tokens a position, as if there were no others"
+        case "hidden":
+            return "the teacher's final hidden states"
+    return "all logits"
+
+
+def _rule(spec: SignalSpec) -> str:
+    match spec.positions:
+        case "random":
+            return f"{100 * spec.share:g} % at random"
+        case "highest_entropy":
+            return f"the {100 * spec.share:g} % of highest entropy"
+    return "all"
+
+
+def _bias(recipe: Recipe, spec: SignalSpec) -> str:
+    """Why the student learned from an estimate that is wrong on average; empty where it did not."""
+    if spec.kind == "topk_renormalised":
+        return "the listed tokens are taught as if there were no others, which makes a student too sure"
+    listed = [term.kind for term in recipe.losses if isinstance(term, SoftTerm) and term.kind != "forward_kl"]
+    if spec.lists and listed:
+        return f"{' and '.join(listed)} compared the listed tokens and one class for all others, as the recipe allows"
+    return ""
+
+
 def _data(recipe: Recipe, facts: dict[str, Any], fingerprint: str) -> DataFacts:
     return DataFacts(
         source=recipe.data.source,
@@ -171,6 +253,10 @@ def _data(recipe: Recipe, facts: dict[str, Any], fingerprint: str) -> DataFacts:
 
 def _notes(prepared: dict[str, Any], initial: dict[str, Any]) -> tuple[str, ...]:
     notes = [f"{count} rows {what}" for what, count in prepared["cleaning"].items() if not what.startswith("kept")]
+    if prepared.get("reading", {}).get("stopped_at_max_tokens"):
+        notes.append(
+            f"reading stopped at data.max_tokens, after {prepared['reading']['source_rows']:,} rows of the source"
+        )
     untried = sum(1 for _, value in initial.get("removed", []) if value is None)
     if untried:
         notes.append(f"{untried} layers were removed untried: student.search.minutes was too short to judge them")

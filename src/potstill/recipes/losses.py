@@ -114,6 +114,8 @@ class SoftTerm(VocabularyTerm):
     """Distillation temperature, which softens both distributions: a number, or one that moves over the training."""
     times_temperature_squared: bool = True
     """Multiply by T^2, which keeps the gradient's size when terms are mixed (Hinton et al. 2015, section 2.1)."""
+    biased: bool = False
+    """Let a divergence that has no unbiased form for stored top-k tokens compare these and one class for the rest."""
 
     @model_validator(mode="after")
     def _is_never_cold(self) -> SoftTerm:

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from potstill.recipes.losses import CrossEntropy, LossTerm
 from potstill.recipes.numbers import Count, Fraction, Layer, Positive, Real, Share, Whole
 from potstill.recipes.part import Part
+from potstill.recipes.signals import OnlineSignals, Signals, StoredSignals
 from potstill.recipes.teachers import LocalTeacher, Member, MixtureTeacher, Precision, RunTeacher, Teacher
 
 __all__ = [
@@ -29,12 +30,15 @@ __all__ = [
     "LossTerm",
     "Member",
     "MixtureTeacher",
+    "OnlineSignals",
     "PretrainedStudent",
     "Recipe",
     "Report",
     "RunTeacher",
     "Search",
+    "Signals",
     "Splits",
+    "StoredSignals",
     "Student",
     "Teacher",
     "Training",
@@ -76,6 +80,8 @@ class Data(Part):
     """Name of the column that holds chat messages; used where a row has it."""
     max_documents: Count | None = None
     """Read at most so many documents."""
+    max_tokens: Annotated[Real, Field(gt=0.0, le=1e18)] | None = None
+    """Stop reading with the document that brings the training rows to so many tokens. 3e9 is a number here."""
     sequence_length: Annotated[Whole, Field(ge=8, le=2**24)] = 512
     """Tokens a packed row holds."""
     splits: Splits = Splits()
@@ -139,6 +145,8 @@ class CausalConfig(Part):
     """Heads of a block; must divide hidden_size."""
     num_key_value_heads: Count | None = None
     """Key-value heads of a block (grouped queries); must divide num_attention_heads."""
+    head_dim: Count | None = None
+    """Width of a head, where the architecture has it as a size of its own. Default: hidden_size / heads."""
     tie_word_embeddings: bool | None = None
     """Whether the head is the embedding matrix."""
 
@@ -309,6 +317,7 @@ class Recipe(Part):
     teacher: Teacher
     student: Student
     losses: Annotated[list[LossTerm], Field(min_length=1)]
+    signals: Signals = OnlineSignals(kind="online")
     training: Training
     control: Control = Control()
     evaluation: Evaluation = Evaluation()

@@ -7,6 +7,24 @@ from __future__ import annotations
 
 from potstill.report.card import write_card
 from potstill.report.page import write_report
-from potstill.report.story import CurvePoint, DataFacts, Sample, StageCost, Story
+from potstill.report.story import (
+    CurvePoint,
+    DataFacts,
+    ReliabilityPoint,
+    Sample,
+    SignalFacts,
+    StageCost,
+    Story,
+)
 
-__all__ = ["CurvePoint", "DataFacts", "Sample", "StageCost", "Story", "write_card", "write_report"]
+__all__ = [
+    "CurvePoint",
+    "DataFacts",
+    "ReliabilityPoint",
+    "Sample",
+    "SignalFacts",
+    "StageCost",
+    "Story",
+    "write_card",
+    "write_report",
+]

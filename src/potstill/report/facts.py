@@ -9,11 +9,31 @@ import math
 from dataclasses import dataclass
 
 from potstill.report.headline import Verdict, judge
-from potstill.report.metrics import GAINS, METRICS, Metric, format_interval, format_value, metric_of
-from potstill.report.story import ARMS, Story, find
+from potstill.report.metrics import (
+    GAINS,
+    METRICS,
+    Metric,
+    format_interval,
+    format_rate,
+    format_size,
+    format_value,
+    metric_of,
+)
+from potstill.report.story import ARMS, SignalFacts, Story, find
 from potstill.types import Measurement
 
-__all__ = ["ArmRow", "Cell", "Gain", "Tile", "arm_rows", "arms_of", "by_definition", "gain_rows", "tiles"]
+__all__ = [
+    "ArmRow",
+    "Cell",
+    "Gain",
+    "Tile",
+    "arm_rows",
+    "arms_of",
+    "by_definition",
+    "gain_rows",
+    "signal_rows",
+    "tiles",
+]
 
 _DEFINITIONS = {
     ("teacher", "agreement"): 1.0,
@@ -171,3 +191,31 @@ def _share_of_teacher(story: Story) -> str:
 def _times_the_teacher(story: Story) -> str:
     times = _ratio(story, "decode_tokens_per_s")
     return "on the machine named below" if times is None else f"{times:.2f} times the teacher's, same machine"
+
+
+def signal_rows(signals: SignalFacts) -> list[tuple[str, str]]:
+    """What was stored of the teacher, as (what, how much)."""
+    because = f": {signals.bias}" if signals.bias else ""
+    rate = signals.capture_tokens_per_s
+    return [
+        ("what is stored", signals.kind),
+        ("positions asked", signals.rule),
+        ("stored in", signals.store),
+        ("pieces", f"{signals.pieces:,} ({signals.captured:,} captured in this run, {signals.found:,} found before)"),
+        ("positions stored", f"{signals.positions:,}"),
+        ("size", f"{format_size(signals.bytes)}, {signals.bytes_per_token:,.1f} bytes a position"),
+        ("capture speed", "nothing was captured" if rate is None else format_rate(rate)),
+        ("damage", _damage(signals)),
+        ("biased", f"{'yes' if signals.biased else 'no'}{because}"),
+    ]
+
+
+def _damage(signals: SignalFacts) -> str:
+    if not signals.quarantined:
+        return "none found"
+    blocks = "block" if signals.quarantined == 1 else "blocks"
+    pieces = "piece" if signals.recaptured == 1 else "pieces"
+    return (
+        f"{signals.quarantined:,} damaged {blocks} put aside, {signals.recaptured:,} {pieces} captured again; "
+        "nothing was trained on them"
+    )

@@ -244,7 +244,7 @@ def recovered_figure(story: Story) -> Figure | None:
     found = [(arm, measured) for arm, measured in found if measured]
     if not found:
         return None
-    height = 250
+    height = 300
     figure = blank_figure(height, "share of the gap closed")
     everything = [m for _, measured in found for m in measured]
     ends = [number for m in everything for number in (m.value, m.low, m.high) if number is not None]

@@ -1,6 +1,7 @@
 """The one sentence that a reader takes away, computed from the measurements.
 
-Refuses: praise. A gain whose interval holds zero is told as such, and a run without a control arm says so first.
+Refuses: praise. A gain whose interval holds zero is told as such, and a run without a control arm says so first. A
+student that learned from biased estimates is said to have.
 """
 
 from __future__ import annotations
@@ -53,7 +54,14 @@ def write_headline(story: Story) -> str:
 
 
 def write_caveat(story: Story) -> str:
-    """A sentence on those gains over the control arm that the headline leaves out and that are none; else empty."""
+    """On those gains over the control arm that the headline leaves out and that are none, and on biased signals.
+
+    Empty where there is neither.
+    """
+    return " ".join(filter(None, (_say_worse(story), _say_biased(story))))
+
+
+def _say_worse(story: Story) -> str:
     measured = [(name, find(story, "student", gain)) for name, gain, _ in _ACHIEVED if find(story, "student", name)]
     others = [(_SHORT[name], gain) for name, gain in measured[1:] if gain is not None]
     said = []
@@ -62,6 +70,13 @@ def write_caveat(story: Story) -> str:
         if against:
             said.append(f"{phrase} the control arm by {' and '.join(against)}")
     return f"But the student {', and '.join(said)}." if said else ""
+
+
+def _say_biased(story: Story) -> str:
+    if story.signals is None or not story.signals.biased:
+        return ""
+    because = f": {story.signals.bias}" if story.signals.bias else ""
+    return f"The student learned from a biased estimate of its teacher{because}."
 
 
 def _introduce(story: Story) -> str:

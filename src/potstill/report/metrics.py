@@ -20,6 +20,8 @@ __all__ = [
     "format_duration",
     "format_interval",
     "format_measurement",
+    "format_rate",
+    "format_size",
     "format_value",
     "metric_of",
 ]
@@ -57,6 +59,10 @@ METRICS = tuple(
          "-(1/N) sum_t log q(x_t | x_<t) of the true held-out text. Nats per token."),
         ("perplexity", "Perplexity", "plain", "lower",
          "exp(NLL): the number of equally likely tokens that would surprise as much."),
+        ("ece", "Calibration error", "share", "lower",
+         "Expected calibration error of the most probable next token: how far its probability (confidence) is from the "
+         "share of times that it came (accuracy). sum_m (n_m / N) |accuracy_m - confidence_m| over 15 bins of "
+         "confidence of equal width. Few positions make it larger than it is."),
         ("retention", "Retention", "share", "higher",
          "exp(NLL_teacher - NLL_arm): geometric-mean probability of the true token, arm / teacher. "
          "Above 100 % the arm predicts this text better than its teacher."),
@@ -124,6 +130,16 @@ def format_interval(measurement: Measurement) -> str:
 def format_measurement(measurement: Measurement) -> str:
     """Value, unit and interval: `45.4 % [44.3, 46.5]`."""
     return f"{format_value(measurement)} {format_interval(measurement)}".rstrip()
+
+
+def format_size(count: int) -> str:
+    """Bytes: `817 bytes`, `12.4 MB`, `1.02 GB` (10^9)."""
+    return format_value(Measurement("", "folder_bytes", "test", count, None, None, 1, "bytes"))
+
+
+def format_rate(tokens_per_s: float) -> str:
+    """Tokens per second: `5,310 tokens/s`."""
+    return format_value(Measurement("", "prefill_tokens_per_s", "test", tokens_per_s, None, None, 1, "tokens/s"))
 
 
 def format_duration(seconds: float) -> str:

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from potstill.errors import RunError
 from potstill.report.curves import training_figures, validation_figures
-from potstill.report.facts import Cell, arm_rows, arms_of, gain_rows, tiles
+from potstill.report.facts import Cell, arm_rows, arms_of, gain_rows, signal_rows, tiles
 from potstill.report.figures import (
     PALETTE,
     arm_colour,
@@ -25,6 +25,7 @@ from potstill.report.figures import (
 )
 from potstill.report.headline import write_caveat, write_headline
 from potstill.report.metrics import GAINS, METRICS, format_duration
+from potstill.report.reliability import reliability_figure
 from potstill.report.story import ARMS, Story
 from potstill.report.text import cell, fenced, scalar, visible
 
@@ -58,6 +59,7 @@ def known_facts(story: Story) -> dict[str, Any]:
         "splits": _split_rows(story),
         "arms_explained": _explain_arms(story),
         "definitions": _definitions(),
+        "stored": signal_rows(story.signals) if story.signals else [],
     }
 
 
@@ -109,12 +111,13 @@ def save_text(path: Path, text: str) -> None:
 
 def _pictures(story: Story) -> dict[str, Any]:
     learning, speed = [training_figures(story), validation_figures(story)], speed_figures(story)
-    recovered = recovered_figure(story)
-    drawn = recovered is not None or any([*learning, speed])
+    recovered, reliability = recovered_figure(story), reliability_figure(story)
+    drawn = any([*learning, speed, recovered, reliability])
     return {
         "learning": learning,
         "speed": speed,
         "recovered": recovered,
+        "reliability": reliability,
         "plotly_size": plotly_size(),
         "packed": packed_plotly() if drawn else "",
         "style": render("style.css.jinja", {"palette": PALETTE}),
@@ -203,7 +206,7 @@ _READING = (
     ),
     (
         "What is not measured",
-        "Downstream tasks, factual accuracy, calibration, safety, other domains or languages than the held-out split, "
-        "and speed on other machines, batch sizes or serving software.",
+        "Downstream tasks, factual accuracy, calibration of whole answers, safety, other domains or languages than the "
+        "held-out split, and speed on other machines, batch sizes or serving software.",
     ),
 )

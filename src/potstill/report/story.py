@@ -10,7 +10,17 @@ from dataclasses import dataclass, field
 
 from potstill.types import Measurement
 
-__all__ = ["ARMS", "CurvePoint", "DataFacts", "Sample", "StageCost", "Story", "find"]
+__all__ = [
+    "ARMS",
+    "CurvePoint",
+    "DataFacts",
+    "ReliabilityPoint",
+    "Sample",
+    "SignalFacts",
+    "StageCost",
+    "Story",
+    "find",
+]
 
 ARMS = ("teacher", "untrained", "control", "student")
 """Who is asked the same questions, in the order of every table and picture."""
@@ -66,6 +76,51 @@ class DataFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class ReliabilityPoint:
+    """The n positions at which an arm was `low` to `high` sure: its mean confidence, and the share it had right."""
+
+    low: float
+    high: float
+    confidence: float
+    accuracy: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class SignalFacts:
+    """What the teacher said, as it was stored and learned from.
+
+    kind               in words, for example "16 sampled tokens a position"
+    store              where they lie: a folder or address
+    pieces, positions, bytes  that this run reads; bytes as stored, with everything around them
+    bytes_per_token    bytes a position
+    captured, found    pieces that this run asked the teacher for, and that lay there before
+    rule               positions at which the teacher was asked, in words, for example "30 % at random"
+    capture_tokens_per_s      tokens read by the teacher and stored; None where nothing was captured
+    quarantined, recaptured   damaged blocks put aside, and pieces captured again for that
+    biased             whether the student learned from an estimate that is wrong on average
+    bias               in words, why it is, or why it is not
+    fidelity           (measure, value, meaning): stored signals against dense ones on a sample of positions
+    """
+
+    kind: str
+    store: str
+    pieces: int
+    positions: int
+    bytes: int
+    bytes_per_token: float
+    captured: int
+    found: int
+    rule: str = "all"
+    capture_tokens_per_s: float | None = None
+    quarantined: int = 0
+    recaptured: int = 0
+    biased: bool = False
+    bias: str = ""
+    fidelity: tuple[tuple[str, str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Story:
     """One run, ready to be told.
 
@@ -81,6 +136,8 @@ class Story:
     notes           counted warnings, for example "3 rows unusable: empty text"
     base_model      the teacher's id on the Hugging Face hub, when it has one
     license         the student's licence identifier, when known
+    reliability     {arm: confidence against accuracy on the test split, least confident first}
+    signals         the teacher's stored signals; None where it was asked during training, or not at all
     """
 
     title: str
@@ -101,6 +158,8 @@ class Story:
     notes: tuple[str, ...] = ()
     base_model: str | None = None
     license: str | None = None
+    reliability: Mapping[str, tuple[ReliabilityPoint, ...]] = field(default_factory=dict)
+    signals: SignalFacts | None = None
 
 
 def find(story: Story, arm: str, name: str) -> Measurement | None:

@@ -1,5 +1,32 @@
 """What the teacher said, in a form that a student can use. Refuses to match what does not mean the same."""
 
+from potstill.signals.encodings import Encoding, draw_uniforms, encoding_of
+from potstill.signals.pieces import Piece, Salt, pieces_of
+from potstill.signals.reader import StoredReader
+from potstill.signals.remote import check_place
+from potstill.signals.sparse import entropy_of
+from potstill.signals.spec import SignalSpec
+from potstill.signals.store import Damage, Records, Stamp, Store, Writer, open_store, read_stamp, reopen_store
 from potstill.signals.vocab import shared_vocabulary
 
-__all__ = ["shared_vocabulary"]
+__all__ = [
+    "Damage",
+    "Encoding",
+    "Piece",
+    "Records",
+    "Salt",
+    "SignalSpec",
+    "Stamp",
+    "Store",
+    "StoredReader",
+    "Writer",
+    "check_place",
+    "draw_uniforms",
+    "encoding_of",
+    "entropy_of",
+    "open_store",
+    "pieces_of",
+    "read_stamp",
+    "reopen_store",
+    "shared_vocabulary",
+]

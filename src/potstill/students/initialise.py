@@ -66,11 +66,40 @@ def cut_layers(teacher: Any, keep: Sequence[int]) -> Any:
     return student
 
 
-def fresh_model(teacher_config: Any, sizes: Mapping[str, int | bool], seed: int) -> Any:
-    """A model of the teacher's architecture with other sizes and random float32 weights.
+def fresh_model(teacher_config: Any, sizes: Mapping[str, int | bool], seed: int, device: str = "cpu") -> Any:
+    """A model of the teacher's architecture with other sizes and random float32 weights, none on the device "meta".
 
-    Raises ModelError where the architecture has no such size, or the sizes do not go together.
+    Raises ModelError where the architecture has no such size, or the sizes do not go together: that is tried first,
+    without weights, so that a model of any size is refused at once.
     """
+    config = _resize(teacher_config, sizes)
+    try:
+        with torch.device("meta"):
+            blank = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            _run_blank(blank)
+        if device == "meta":
+            return blank
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, RuntimeError, StrictDataclassError) as error:
+        raise ModelError(
+            f"student.config: these sizes do not go together ({' '.join(str(error).split())}). Change one of them."
+        ) from error
+
+
+def _run_blank(model: Any) -> None:
+    """Two tokens through a model without weights: some sizes fail only where they meet.
+
+    A mask that is given is not made: making one asks for values, of which there are none.
+    """
+    mask_B1TT = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    ids_BT, positions_BT = torch.zeros(1, 2, dtype=torch.long), torch.arange(2).unsqueeze(0)
+    with torch.no_grad():
+        model(input_ids=ids_BT, position_ids=positions_BT, attention_mask=mask_B1TT, use_cache=False)
+
+
+def _resize(teacher_config: Any, sizes: Mapping[str, int | bool]) -> Any:
     config = copy.deepcopy(teacher_config)
     text = config.get_text_config()
     for size in sizes:
@@ -80,20 +109,10 @@ def fresh_model(teacher_config: Any, sizes: Mapping[str, int | bool], seed: int)
     pick_layers(text, [i % text.num_hidden_layers for i in range(depth)])
     for size, value in sizes.items():
         setattr(text, size, value)
-    if "hidden_size" in sizes or "num_attention_heads" in sizes:
+    if "head_dim" not in sizes and ("hidden_size" in sizes or "num_attention_heads" in sizes):
         _fit_heads(text)
     _check_groups(text)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            with torch.no_grad():  # some sizes fail only where they meet
-                model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
-        except (ValueError, RuntimeError, StrictDataclassError) as error:
-            raise ModelError(
-                f"student.config: these sizes do not go together ({' '.join(str(error).split())}). Change one of them."
-            ) from error
-    return model
+    return config
 
 
 def save_student(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | None = None) -> None:

@@ -3,7 +3,7 @@
 from potstill.training.checkpoint import CheckpointStore
 from potstill.training.loop import Callbacks, Plan, Training, train
 from potstill.training.schedule import learning_rate_factor
-from potstill.training.sources import Rows, RowSource
+from potstill.training.sources import Rows, RowSource, first_rows
 
 __all__ = [
     "Callbacks",
@@ -12,6 +12,7 @@ __all__ = [
     "RowSource",
     "Rows",
     "Training",
+    "first_rows",
     "learning_rate_factor",
     "train",
 ]

@@ -1,19 +1,21 @@
-"""Where lessons come from. For now: packed rows in a seeded order, with a teacher asked as they come, or with none.
+"""Where lessons come from: packed rows in a seeded order, with a teacher who is asked as they come, or with none.
 
+Whether the teacher is a model or a store of what it said is not known here.
 Refuses to remember anything but a position: the order is a function of seed and epoch, so resuming is exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from potstill.errors import DataError, RecipeError
 from potstill.types import Batch, Lesson, Reader, Signal, Wants
 
-__all__ = ["RowSource", "Rows"]
+__all__ = ["RowSource", "Rows", "first_rows"]
 
 
 class Rows(Protocol):
@@ -24,6 +26,11 @@ class Rows(Protocol):
     def batch(self, row_numbers: Sequence[int]) -> Batch:
         """These rows as a batch."""
         ...
+
+
+def first_rows(rows: int, seed: int, count: int) -> list[int]:
+    """Ascending numbers of the rows, of so many, that a RowSource of this seed draws among its first `count`."""
+    return list(range(rows)) if count >= rows else sorted(_order(rows, seed, 0)[:count].tolist())
 
 
 class RowSource:
@@ -41,9 +48,10 @@ class RowSource:
         rows_at_once: int,
         teacher: Reader | None = None,
         wants: Wants | None = None,
+        mark: Callable[[Batch], Batch] | None = None,
         rank: tuple[int, int] = (0, 1),
     ) -> None:
-        """`rank` is (this process, number of processes).
+        """`rank` is (this process, number of processes); `mark` says where a teacher speaks who does not everywhere.
 
         Raises RecipeError where some process would have no row in a step.
         """
@@ -54,7 +62,7 @@ class RowSource:
             )
         self._rows, self._seed = rows, seed
         self._batch_rows, self._rows_at_once = batch_rows, rows_at_once
-        self._teacher, self._wants = teacher, wants or Wants()
+        self._teacher, self._wants, self._mark = teacher, wants or Wants(), mark
         self._rank, self._drawn = rank, 0
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
@@ -64,7 +72,8 @@ class RowSource:
         self._drawn += self._batch_rows
         mine = numbers[self._rank[0] :: self._rank[1]]
         starts = range(0, len(mine), self._rows_at_once)
-        return [self._rows.batch(mine[start : start + self._rows_at_once]) for start in starts]
+        batches = [self._rows.batch(mine[start : start + self._rows_at_once]) for start in starts]
+        return list(map(self._mark, batches)) if self._mark else batches
 
     def lesson(self, batch: Batch) -> Lesson:
         """The batch with what the teacher says of it."""
@@ -89,6 +98,10 @@ class RowSource:
         """Row number of the index-th row ever drawn."""
         epoch, place = divmod(index, len(self._rows))
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(len(self._rows), generator=generator)
+            self._epoch, self._order = epoch, _order(len(self._rows), self._seed, epoch)
         return int(self._order[place])
+
+
+def _order(rows: int, seed: int, epoch: int) -> Tensor:
+    """The order of the rows in an epoch. int64 [rows]."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
