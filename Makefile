@@ -4,7 +4,7 @@
 #   make check                      format, lint, types, doors, the rules of the house
 #   make test                       all tests but the slow ones and those that need a GPU
 #   make test-slow                  kills, compiled runs, several processes: some minutes
-#   make bench                      all benchmarks; bench-loss: the losses only, some minutes
+#   make bench                      all benchmarks; bench-loss, bench-store: the losses or the store of signals only
 #   make PYTHON=python3.12 test     choose the interpreter of a new .venv
 
 PYTHON ?=
@@ -12,7 +12,7 @@ export PYTHON
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow test-gpu check bench bench-loss clean setup .venv
+.PHONY: demo test test-slow test-gpu check bench bench-loss bench-store clean setup .venv
 
 demo: setup
 	$(BIN)/potstill run recipes/quickstart.yaml
@@ -33,13 +33,20 @@ check: setup
 	$(BIN)/lint-imports
 	$(PYTEST) tests/test_house.py tests/test_docs.py
 
-bench: bench-loss
+bench: bench-loss bench-store
 	$(BIN)/python bench/step.py --json runs/bench/step.json
 	$(BIN)/python bench/quickstart.py --json runs/bench/quickstart.json
 
 bench-loss: setup
 	mkdir -p runs/bench
 	$(BIN)/python bench/loss.py --json runs/bench/loss.json
+
+# The runs of gain.py stay in runs/bench/gain: called again, it does only what is missing there.
+bench-store: setup
+	mkdir -p runs/bench
+	$(BIN)/python bench/store.py --json runs/bench/store.json
+	$(BIN)/python bench/step.py --offline --json runs/bench/offline.json
+	$(BIN)/python bench/gain.py --json runs/bench/gain.json
 
 setup .venv:
 	@scripts/setup.sh

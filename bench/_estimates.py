@@ -3,7 +3,8 @@
 At temperature 1 the gradient of the forward KL with respect to the student's logits is q - p^, whoever the student is:
 the error of the gradient is p^ - p, and E ||p^ - p||^2 needs no student. The peer is random-sampling KD (Anshumann et
 al. (2025), arXiv:2503.16870): tokens drawn from p with replacement, stored as unique ids and counts. Its bytes are
-counted in its favour: the fewest bits for a set of ids, 6 bits a count, nothing for headers, indices or checksums.
+counted in its favour: records as long as each needs, without anything to find them by, in two forms. Plain: 2 bytes an
+id and 1 a count. Coded: the fewest bits for a set of ids, and 6 bits a count.
 Refuses to skip rounding: potstill's estimates go through its bytes and back.
 
 Suffixes: N positions, n positions of a tile, V vocabulary, D the teacher's width.
@@ -21,7 +22,7 @@ from _stand import Stand
 from _table import Row
 from torch import Tensor
 
-from potstill.losses import logit_tiles
+from potstill.losses import logit_blocks
 from potstill.signals import Encoding, SignalSpec, draw_uniforms, encoding_of
 from potstill.types import SparseLogits, States, Wants
 
@@ -29,14 +30,21 @@ __all__ = ["estimate_rows"]
 
 PEER_DRAWS = 50
 COUNT_BITS = 6
+PLAIN_BYTES = 3
 ROWS_AT_ONCE, ROWS_READ = 8, 64
+TILE_ROWS = 16
 
 Draw = Callable[[Tensor, Tensor, int], Tensor]
 """From logits and probabilities of a tile to an estimate [n, V], by the number of the draw."""
 
 
 def estimate_rows(stand: Stand, positions: int, draws: int) -> list[Row]:
-    """Mean squared errors over the positions and draws, and their ratios with the range over draws."""
+    """Mean squared errors over the positions and draws, and their ratios with the range over draws.
+
+    The first ratio is at the mean bytes of the peer's plain form, `.fewest_bits` at those of its coded one, `.equal_tokens`
+    at as many tokens as the peer has unique ones in the mean, `.constant_stride` at the bytes of 50 coded tokens, which
+    all records of the peer must have for their place to be an address computation, as ours is; `.k16` is at 16 tokens.
+    """
     said = draw_positions(stand, positions)
     vocabulary = stand.vocabulary
     uniques: list[Tensor] = []
@@ -50,18 +58,22 @@ def estimate_rows(stand: Stand, positions: int, draws: int) -> list[Row]:
     chance = torch.Generator().manual_seed(0)
     peer = squared_errors(said, draw_randomly, draws)
     unique = float(torch.cat(uniques).double().mean())
-    peer_bytes = statistics.fmean(stored_bits(int(count), vocabulary) for count in torch.cat(uniques)) / 8
-    k = largest_k(vocabulary, peer_bytes)
-    compared = {"": k, ".equal_tokens": round(unique), ".k16": 16}
-    found = {size: squared_errors(said, through_bytes(vocabulary, size), draws) for size in set(compared.values())}
+    coded_bytes = statistics.fmean(stored_bits(int(count), vocabulary) for count in torch.cat(uniques)) / 8
+    plain_bytes = PLAIN_BYTES * unique
+    sizes = {
+        "": largest_k(vocabulary, plain_bytes),
+        ".fewest_bits": largest_k(vocabulary, coded_bytes),
+        ".equal_tokens": round(unique),
+        ".constant_stride": largest_k(vocabulary, stored_bits(PEER_DRAWS, vocabulary) / 8),
+        ".k16": 16,
+    }
+    found = {k: squared_errors(said, through_bytes(vocabulary, k), draws) for k in set(sizes.values())}
     return [
-        *(ratio_row(f"store.grad_mse_vs_random{name}", found[size], peer) for name, size in compared.items()),
-        Row("store.grad_mse_k", float(k), "tokens"),
-        Row("store.grad_mse_k.equal_tokens", float(round(unique)), "tokens"),
-        Row("store.grad_mse_bytes", float(stride_of(vocabulary, k)), "bytes"),
-        Row("store.grad_mse_bytes.equal_tokens", float(stride_of(vocabulary, round(unique))), "bytes"),
-        Row("store.grad_mse_bytes.k16", float(stride_of(vocabulary, 16)), "bytes"),
-        Row("store.grad_mse_bytes.random50", peer_bytes, "bytes"),
+        *(ratio_row(f"store.grad_mse_vs_random{name}", found[k], peer) for name, k in sizes.items()),
+        *(Row(f"store.grad_mse_k{name}", float(k), "tokens") for name, k in sizes.items()),
+        *(Row(f"store.grad_mse_bytes{name}", float(stride_of(vocabulary, k)), "bytes") for name, k in sizes.items()),
+        Row("store.grad_mse_bytes.random50", plain_bytes, "bytes"),
+        Row("store.grad_mse_bytes.random50.fewest_bits", coded_bytes, "bytes"),
         Row("store.grad_mse_tokens.random50", unique, "tokens"),
         Row("store.grad_mse.random50", statistics.fmean(peer), "", min(peer), max(peer), len(peer)),
         Row("store.grad_mse_positions", float(len(said.rows_ND)), "positions"),
@@ -93,8 +105,9 @@ def squared_errors(said: States, draw: Draw, draws: int) -> list[float]:
 
 def distributions(said: States) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits float32 and probabilities float64 [n, V], a few positions at a time."""
-    for _, logits_nV in logit_tiles(said):
-        yield logits_nV, logits_nV.double().softmax(-1)
+    for _, block_NV in logit_blocks(said):
+        for logits_nV in torch.split(block_NV, TILE_ROWS):
+            yield logits_nV, logits_nV.double().softmax(-1)
 
 
 def through_bytes(vocabulary: int, k: int) -> Draw:

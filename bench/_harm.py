@@ -8,6 +8,7 @@ Refuses to call a store whole by its own word alone: every piece that was there 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -19,6 +20,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from _table import Row
 
@@ -49,15 +52,16 @@ def kill_rows(run: Path, folder: Path, kills: int) -> tuple[list[Row], dict[str,
     span = 2 * seconds / kills  # on average the killed captures together have the time that the job takes
     chance, held, lost, done, restarts = random.Random(0), dict[bytes, bytes](), 0, 0, 0
     while done < kills:
-        if kill_at(start(run, hurt), chance.uniform(0, span)):
-            done += 1
-            lost += count_lost(held, hurt)
-        else:  # it had ended by itself: begin again
+        shards = kill_at(start(run, hurt), hurt, chance.uniform(0, span))
+        if shards is None:  # it had ended by itself: begin again
             held, restarts = {}, restarts + 1
             shutil.rmtree(hurt)
+        else:
+            done += 1
+            lost += count_lost(held, hurt) + sum(not shard.exists() for shard in shards)
     finish(start(run, hurt))
     lost += count_lost(held, hurt) + count_lost(read_all(reopen_store(whole)), hurt)
-    lost += len(held) - reopen_store(whole).num_pieces  # no more pieces than the undisturbed store has
+    lost += max(0, len(held) - reopen_store(whole).num_pieces)  # nor anything that the undisturbed store has not
     words = (
         f"{kills} kills, each 0 to {span:.2f} s after the teacher began to read, of a job that takes {seconds:.1f} s; "
         f"commits every {WINDOW_ROWS} rows; begun again {restarts} times; real teacher"
@@ -66,14 +70,13 @@ def kill_rows(run: Path, folder: Path, kills: int) -> tuple[list[Row], dict[str,
 
 
 def start(run: Path, place: Path) -> subprocess.Popen[str]:
-    """Begin the capture, and wait until the teacher begins to read. Exits where it fails before."""
+    """Begin the capture, and wait until the teacher begins to read, or has nothing to. Exits where it fails before."""
     command = [sys.executable, str(Path(__file__).resolve()), str(run), str(place)]
-    errors = (place.parent / "errors.txt").open("w", encoding="utf-8")
-    with errors:
+    log = place.parent / "capture.log"
+    with log.open("w", encoding="utf-8") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-    if process.stdout is None or process.stdout.readline().strip() != CAPTURING:
-        process.wait()
-        raise SystemExit(f"{(place.parent / 'errors.txt').read_text(encoding='utf-8')[-4000:]}\nthe capture failed")
+    if (process.stdout is None or process.stdout.readline().strip() != CAPTURING) and process.wait():
+        raise SystemExit(f"{log.read_text(encoding='utf-8')[-4000:]}\nthe capture failed; its last words are above")
     return process
 
 
@@ -86,12 +89,13 @@ def finish(process: subprocess.Popen[str]) -> float:
     return time.perf_counter() - began
 
 
-def kill_at(process: subprocess.Popen[str], delay: float) -> bool:
-    """Kill after so many seconds; False where it was over before."""
+def kill_at(process: subprocess.Popen[str], place: Path, delay: float) -> list[Path] | None:
+    """Kill after so many seconds. The shards that were there just before, None where the capture was over by then."""
     time.sleep(delay)
+    shards = list((place / "shards").glob("*.shard"))
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    return process.returncode == -signal.SIGKILL
+    return shards if process.returncode == -signal.SIGKILL else None
 
 
 def count_lost(held: dict[bytes, bytes], place: Path) -> int:
@@ -168,7 +172,9 @@ def draw_flip(place: Path, chance: random.Random) -> Flip:
     if not isinstance(shard, Shard):
         raise SystemExit(f"the undisturbed store is damaged: {shard}")
     data = size - shard.data.size
-    part, first, stop = chance.choice((("header", 0, HEADER_BYTES), ("index", HEADER_BYTES, data), ("data", data, size)))
+    part, first, stop = chance.choice(
+        (("header", 0, HEADER_BYTES), ("index", HEADER_BYTES, data), ("data", data, size))
+    )
     offset = chance.randrange(first, stop)
     return Flip(file, part, offset, (offset - data) // BLOCK_BYTES if part == "data" else None)
 
@@ -205,23 +211,23 @@ def count_changed(place: Path, pieces: Pieces) -> int:
 
 def run_capture(run: Path, place: Path) -> None:
     """The stage capture of a prepared run, with small windows; says when the teacher begins to read."""
-    import functools
-
     from potstill.pipeline import capture as stage
     from potstill.pipeline import transcribe
     from potstill.pipeline.run import run_recipe
     from potstill.recipes import load_recipe
 
-    plain = stage.capture_rows
-
-    @functools.wraps(plain)
-    def capture_rows(*args: object, **kwargs: object) -> object:
+    def announced(*args: Any, **kwargs: Any) -> transcribe.Captured:
         os.write(1, f"{CAPTURING}\n".encode())
-        return plain(*args, **kwargs)  # type: ignore[arg-type]
+        return plain(*args, **kwargs)
 
-    transcribe.WINDOW_ROWS = WINDOW_ROWS
-    stage.capture_rows = capture_rows  # type: ignore[assignment]
-    run_recipe(load_recipe(run / "recipe.yaml", [f"signals.store={place}"]), until="capture")
+    plain = transcribe.capture_rows
+    recipe = load_recipe(run / "recipe.yaml", [f"signals.store={json.dumps(str(place))}"])
+    with (
+        mock.patch.object(transcribe, "WINDOW_ROWS", WINDOW_ROWS),
+        mock.patch.object(stage, "capture_rows", announced),
+        contextlib.redirect_stdout(sys.stderr),
+    ):
+        run_recipe(recipe, until="capture")
 
 
 if __name__ == "__main__":

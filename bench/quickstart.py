@@ -23,7 +23,7 @@ __all__ = ["main"]
 
 POTSTILL = str(Path(sys.executable).with_name("potstill"))
 SAMPLES = ("smollm2-135m-instruct", "news-articles")
-STAGES = ("prepare", "initialise", "train", "control", "evaluate", "report")
+STAGES = ("prepare", "initialise", "capture", "train", "control", "evaluate", "report")
 HELP_RUNS = 5
 GB = 1e9
 

@@ -7,6 +7,10 @@ Refuses: to time loading, compilation, warm-up steps, validation and checkpoints
 different numbers of threads.
 
     python bench/step.py --json runs/bench/step.json [--peer-python PATH] [--steps 10] [--warmup 2] [--rounds 3]
+    python bench/step.py --offline --json runs/bench/offline.json
+
+With --offline there is no peer: the student learns from a store of what its teacher said (`sampled`, k = 16), in turn
+with the control arm, which learns from hard labels, and with a student whose teacher sits beside it.
 
 Tokens are positions that are learned from: of 8 x 256 ids TRL's rows have 255 each, potstill's packed rows one less for
 every document that ends in them.
@@ -55,18 +59,25 @@ RECIPE = (
 )
 """Changes to the quickstart recipe; its loss is forward KL at temperature 1, its precision bf16."""
 
+STORED, ONLINE = "signals={kind: sampled, k: 16}", "signals={kind: online}"
+SIDES = {"offline": ("stored", "train"), "hard": ("stored", "control"), "online": ("online", "train")}
+"""Of --offline, by name: the run folder and the stage."""
+
 
 def main() -> None:
     """Measure, write the rows, print the table; or, with --ours, be potstill's side."""
     arguments = read_arguments()
     if arguments.ours:
-        run_ours(arguments.ours, arguments.steps + arguments.warmup, profiled=arguments.profile)
+        run_ours(arguments.ours, arguments.steps + arguments.warmup, profiled=arguments.profile, stage=arguments.stage)
         return
-    peer = arguments.peer_python or peer_python()
     with tempfile.TemporaryDirectory(prefix="potstill-bench-") as folder:
-        rows, facts = compare(Path(folder), peer, arguments)
+        if arguments.offline:
+            rows, facts = compare_offline(Path(folder), arguments)
+        else:
+            rows, facts = compare(Path(folder), arguments.peer_python or peer_python(), arguments)
     write_rows(rows, arguments.json)
-    print_rows("one training step with an online teacher", rows, facts | {"json": str(arguments.json)})
+    title = f"one training step with {'a stored' if arguments.offline else 'an online'} teacher"
+    print_rows(title, rows, facts | {"json": str(arguments.json)})
 
 
 def read_arguments() -> argparse.Namespace:
@@ -79,7 +90,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
     parser.add_argument("--rounds", type=int, default=3, help="times that each side runs")
+    parser.add_argument("--offline", action="store_true", help="compare a stored teacher with hard labels; no peer")
     parser.add_argument("--ours", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=("train", "control"), default="train", help=argparse.SUPPRESS)
     parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not arguments.ours and not arguments.json:
@@ -91,9 +104,7 @@ def compare(folder: Path, peer: Path, arguments: argparse.Namespace) -> tuple[li
     """Both sides in turn, then one more potstill run with a stopwatch on its parts."""
     run, rows_file = folder / "run", folder / "rows.npy"
     steps = arguments.steps + arguments.warmup
-    run_keys = (f"training.steps={steps}", f"training.compile={compiles()}", f"run_dir={json.dumps(str(run))}")
-    changes = [part for change in (*RECIPE, *run_keys) for part in ("--set", change)]
-    subprocess.run([POTSTILL, "initialise", "quickstart", *changes], check=True)
+    begin("initialise", run, steps, ONLINE)
     learned = write_batches(run, rows_file, steps)
     counts = ["--steps", str(arguments.steps), "--warmup", str(arguments.warmup)]
     ours_command = [sys.executable, str(HERE / "step.py"), "--ours", str(run)]
@@ -107,6 +118,54 @@ def compare(folder: Path, peer: Path, arguments: argparse.Namespace) -> tuple[li
     profile = measure(run, [*ours_command, "--profile", "--steps", str(PROFILED_STEPS), "--warmup", counts[-1]], 0)
     rows = ratio_rows(ours, theirs, learned) + share_rows(profile["parts"][arguments.warmup :])
     return rows, describe(theirs[0], arguments)
+
+
+def compare_offline(folder: Path, arguments: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
+    """The sides in turn: all are potstill's stages, on the same rows, with the same student and compilation."""
+    steps = arguments.steps + arguments.warmup
+    begin("capture", folder / "stored", steps, STORED)
+    begin("initialise", folder / "online", steps, ONLINE)
+    counts = ["--steps", str(arguments.steps), "--warmup", str(arguments.warmup)]
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    for _ in range(arguments.rounds):
+        for side, (name, stage) in SIDES.items():
+            command = [sys.executable, str(HERE / "step.py"), "--ours", str(folder / name), "--stage", stage]
+            found[side].append(measure(folder / name, [*command, *counts], arguments.warmup, stage=stage))
+    refuse_unequal_threads([result for results in found.values() for result in results])
+    facts = {
+        "task": f"{BATCH_ROWS} x {SEQUENCE_LENGTH} tokens, 15-layer student, bf16; forward KL to a 30-layer teacher, "
+        "stored as 16 sampled tokens a position or online, and hard labels",
+        "versions": describe_versions(),
+        "compiled": f"the blocks of all sides: {compiles()}",
+        "machine": f"{describe_machine()}, {found['hard'][0]['threads']} threads",
+        "rounds": f"{arguments.rounds} of {arguments.steps} steps after {arguments.warmup}; low .. high over rounds",
+    }
+    return offline_rows(found), facts
+
+
+def offline_rows(found: dict[str, list[dict[str, Any]]]) -> list[Row]:
+    """Medians of the rounds with their ranges; ratios are taken round by round."""
+    seconds = {side: [statistics.median(result["step_s"]) for result in results] for side, results in found.items()}
+    peaks = {side: [float(result["peak_bytes"]) for result in results] for side, results in found.items()}
+
+    def ratio(name: str, values: dict[str, list[float]], over: str) -> Row:
+        return rounds_row(name, [a / b for a, b in zip(values["offline"], values[over], strict=True)], "x")
+
+    return [
+        ratio("step.offline_vs_hard", seconds, "hard"),
+        ratio("step.offline_vs_online", seconds, "online"),
+        ratio("step.offline_memory_vs_hard", peaks, "hard"),
+        ratio("step.offline_memory_vs_online", peaks, "online"),
+        *(rounds_row(f"step.seconds.{side}", values, "s") for side, values in seconds.items()),
+        *(rounds_row(f"step.peak_bytes.{side}", values, "bytes") for side, values in peaks.items()),
+    ]
+
+
+def begin(until: str, run: Path, steps: int, *more: str) -> None:
+    """Do the stages before the training, of a recipe of so many steps in that run folder."""
+    run_keys = (f"training.steps={steps}", f"training.compile={compiles()}", f"run_dir={json.dumps(str(run))}")
+    changes = [part for change in (*RECIPE, *run_keys, *more) for part in ("--set", change)]
+    subprocess.run([POTSTILL, until, "quickstart", *changes], check=True)
 
 
 def compiles() -> str:
@@ -141,9 +200,9 @@ def write_batches(run: Path, rows_file: Path, steps: int) -> dict[str, float]:
     return {"ours": ours, "trl": float(BATCH_ROWS * (SEQUENCE_LENGTH - 1))}
 
 
-def measure(run: Path, command: Sequence[str], skip: int) -> dict[str, Any]:
+def measure(run: Path, command: Sequence[str], skip: int, *, stage: str = "train") -> dict[str, Any]:
     """Run one side in a fresh process and read its line; the first `skip` step times are left out."""
-    shutil.rmtree(run / "train", ignore_errors=True)
+    shutil.rmtree(run / stage, ignore_errors=True)
     print(f"running {Path(command[1]).name} ...", file=sys.stderr)
     finished = subprocess.run(command, check=False, capture_output=True, text=True)
     if finished.returncode:
@@ -200,8 +259,8 @@ def describe(peer: dict[str, Any], arguments: argparse.Namespace) -> dict[str, s
     }
 
 
-def run_ours(run: Path, steps: int, *, profiled: bool) -> None:
-    """Our side: the train stage of a run whose earlier stages are done. Prints one JSON line."""
+def run_ours(run: Path, steps: int, *, profiled: bool, stage: str) -> None:
+    """Our side: the stage train or control of a run whose earlier stages are done. Prints one JSON line."""
     import torch
 
     from potstill.pipeline.metrics import read_metrics
@@ -211,8 +270,8 @@ def run_ours(run: Path, steps: int, *, profiled: bool) -> None:
     parts = watch_parts() if profiled else []
     recipe = load_recipe(run / "recipe.yaml", [f"training.steps={steps}"])
     with contextlib.redirect_stdout(sys.stderr):
-        run_recipe(recipe, until="train")
-    clock = [0.0, *(line["seconds"] for line in read_metrics(run / "train" / "metrics.jsonl"))]
+        run_recipe(recipe, until=stage)
+    clock = [0.0, *(line["seconds"] for line in read_metrics(run / stage / "metrics.jsonl"))]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result = {
         "step_s": [after - before for before, after in itertools.pairwise(clock)],

@@ -119,6 +119,20 @@ MISTAKES = {
     ),
     "tracker": (["training.trackers=[trackio]"], ["training.trackers[0]: trackio is not installed", "pip install"]),
     "device": (["teacher.device=cuda:63"], ["teacher.device: cuda:63 is not available here", "Use auto or cpu"]),
+    "unheard loss": (
+        ["signals={{kind: sampled}}", "losses=[{{kind: reverse_kl}}]"],
+        ["losses[0].kind=reverse_kl has no unbiased form for signals.kind=sampled", "Use forward_kl"],
+    ),
+    "unkept layers": (
+        ["signals={{kind: hidden}}", "losses=[{{kind: forward_kl}}, {{kind: hidden_mse}}]"],
+        ["losses[1].kind=hidden_mse needs hidden layers", "signals.kind=online"],
+    ),
+    "long lists": (["signals={{kind: topk, k: 999}}"], ["signals.k=999: the vocabulary has 300 tokens", "Use a k of"]),
+    "store in a file": (
+        ["signals={{kind: sampled, store: {blocked}/store}}"],
+        ["signals.store: ", "cannot be written", "choose another place"],
+    ),
+    "unknown place": (["signals={{kind: sampled, store: 'ftp://host/store'}}"], ["signals.store: ftp://host/store"]),
     "set": (["training"], ["--set training", "needs KEY=VALUE"]),
     "set type": (["training.steps=many"], ["training.steps: got 'many', needs a whole number"]),
 }
@@ -220,6 +234,65 @@ def test_a_stage_by_name_runs_what_leads_to_it(potstill, tiny_recipe, tmp_path):
     finished = potstill("initialise", tiny_recipe)
     assert finished.out == f"initialise: finished in {tmp_path / 'run' / 'initialise'}\n"
     assert not (tmp_path / "run" / "train").exists()
+
+
+# Stored signals
+
+STORED = ("--set", "signals={kind: sampled, k: 8}", "--set", "training.steps=3")
+
+
+@pytest.mark.parametrize("command", ["check", "run", "capture"])
+def test_a_place_whose_package_is_absent_is_told_in_one_line(potstill, tiny_recipe, monkeypatch, tmp_path, command):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    finished = potstill(command, tiny_recipe, "--set", "signals={kind: sampled, store: 's3://bucket/store'}")
+    refuses(finished, "signals.store: s3://bucket/store", "pip install", "s3")
+    assert not (tmp_path / "run" / "initialise").exists()
+
+
+def test_a_capture_runs_what_leads_to_it_and_says_where_it_is(potstill, tiny_recipe, tmp_path):
+    finished = potstill("capture", tiny_recipe, *STORED)
+    assert finished.out == f"capture: finished in {tmp_path / 'run' / 'capture'}\n"
+    assert not (tmp_path / "run" / "train").exists()
+    assert len(list((tmp_path / "signals").glob("*/shards/*.shard"))) == 1
+
+
+def test_parts_of_a_capture_say_what_they_did_and_are_all_of_it(potstill, tiny_recipe, tmp_path):
+    refuses(potstill("capture", tiny_recipe, *STORED, "--part", "1/2"), "--part: prepare is not done", "potstill init")
+    assert potstill("initialise", tiny_recipe, *STORED).code == 0
+    for part in ("1/2", "2/2"):
+        finished = potstill("capture", tiny_recipe, *STORED, "--part", part)
+        assert finished.out.startswith(f"part {part}: ")
+        assert not (tmp_path / "run" / "capture").exists()
+    assert potstill("capture", tiny_recipe, *STORED).code == 0
+    manifest = json.loads((tmp_path / "run" / "capture" / "manifest.json").read_text())
+    assert manifest["facts"]["captured"] == 0
+
+
+def test_a_capture_that_cannot_be_is_told_in_one_line(potstill, tiny_recipe):
+    refuses(potstill("capture", tiny_recipe), "signals.kind: online keeps nothing", "Use sampled")
+    refuses(potstill("capture", tiny_recipe, *STORED, "--part", "3/2"), "--part: got '3/2'", "for example 1/4")
+    refuses(potstill("capture", tiny_recipe, "--part", "1/2"), "signals.kind: online keeps nothing")
+
+
+def test_a_store_is_verified_described_and_exported(potstill, tiny_recipe, tmp_path):
+    assert potstill("capture", tiny_recipe, *STORED).code == 0
+    (place,) = (tmp_path / "signals").iterdir()
+    verified = potstill("signals", "verify", place)
+    assert verified.code == 0
+    assert verified.out.endswith("every byte is as it was written.\n")
+    told = potstill("signals", "stats", place).out
+    assert "tiny-llama" in told
+    assert '"k": 8' in told
+    assert potstill("signals", "export", place, tmp_path / "said.parquet").code == 0
+    assert (tmp_path / "said.parquet").read_bytes()[:4] == b"PAR1"
+    (shard,) = (place / "shards").iterdir()
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xa5")
+    damaged = potstill("signals", "verify", place)
+    assert damaged.code == 1
+    assert shard.name in damaged.out
+    assert potstill("signals", "verify", place).code == 0  # set aside: nothing that is used is damaged
+    for command in ("verify", "stats"):
+        refuses(potstill("signals", command, tmp_path / "nowhere"), "signals.store: ", "holds no store of signals")
 
 
 def test_schema_samples_and_recipes_are_printed(potstill, tmp_path):

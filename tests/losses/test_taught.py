@@ -74,7 +74,7 @@ def test_every_term_is_divided_by_a_count_of_its_own(seed):
     first, second = make_batch(seed), make_batch(seed + 1)
     objective = Objective([HeadLoss([HARD], V), HeadLoss([SOFT], V)])
     counts = objective.counts([first, second])
-    taught, supervised = (sum(int(mask.sum()) for mask in masks) for masks in zip(*map(masks_of, (first, second))))
+    taught, supervised = (int(a.sum() + b.sum()) for a, b in zip(masks_of(first), masks_of(second), strict=True))
     assert counts.tolist() == [supervised, taught]
     share, expected = 0.0, 0.0
     for batch in (first, second):
@@ -94,7 +94,9 @@ def test_taught_everywhere_is_as_if_nobody_had_said_where():
     everywhere = replace(batch, taught_BT=batch.supervised_BT)
     view, lesson = make_lesson(everywhere)
     loss = HeadLoss([SOFT], V)
-    marked, unmarked = (loss(view, replace(lesson, batch=replace(batch, taught_BT=m))) for m in (batch.supervised_BT, None))
+    marked, unmarked = (
+        loss(view, replace(lesson, batch=replace(batch, taught_BT=m))) for m in (batch.supervised_BT, None)
+    )
     assert torch.equal(marked.total, unmarked.total)
     assert marked.count == unmarked.count
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from potstill.errors import MissingExtra, RecipeError, StoreError
@@ -24,6 +26,7 @@ from potstill.pipeline.recall import (
 from potstill.recipes import load_recipe
 from potstill.signals import open_store
 
+NOTHING = {"blocks": 0, "shards": 0, "pieces": 0}
 CONFIG = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=48))
 MIXTURE = "teacher={kind: mixture, dtype: fp32, members: [{model: a}, {model: b, sources: {'code*': 3}}]}"
 SOFT = "losses=[{kind: forward_kl}]"
@@ -50,7 +53,11 @@ REFUSED = {
         ["losses[0].temperature", "mean of several teachers is stored at temperature 1", "Use 1"],
     ),
     "moving mixture": (
-        ["signals={kind: dense}", MIXTURE, "losses=[{kind: forward_kl, temperature: {kind: linear, start: 1, end: 2}}]"],
+        [
+            "signals={kind: dense}",
+            MIXTURE,
+            "losses=[{kind: forward_kl, temperature: {kind: linear, start: 1, end: 2}}]",
+        ],
         ["losses[0].temperature", "mean of several teachers"],
     ),
     "moving temperature": (
@@ -131,7 +138,8 @@ def test_a_place_that_cannot_be_reached_is_refused_before_any_weight_is_loaded(l
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(StoreError, match=r"^signals\.store: .*cannot be written"):
         inspect_recipe(load(SAMPLED, f"signals.store={tmp_path / 'file' / 'store'}"))
-    with pytest.raises((MissingExtra, StoreError), match=r"signals\.store"):
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # as where it is not installed
+    with pytest.raises(MissingExtra, match=r"^signals\.store: s3://nobody-has-this/place"):
         inspect_recipe(load(SAMPLED, "signals.store=s3://nobody-has-this/place"))
 
 
@@ -234,7 +242,21 @@ def recipe_folder(load) -> Path:
 
 def test_a_store_that_is_as_it_was_left_needs_no_words(tmp_path, stamp):
     store = open_store(tmp_path / "store", stamp(), 17)
-    facts = {"store": str(tmp_path / "store"), "quarantined": 0}
+    facts = {"store": store.place, "stored_pieces": 0, "quarantined": NOTHING}
     assert explain_store(facts) is None
     assert "holds no store" in (explain_store(facts | {"store": str(tmp_path / "gone")}) or "")
-    assert store.quarantined.pieces == 0
+
+
+def test_a_store_that_grew_is_as_good_and_one_that_shrank_is_not(tmp_path, stamp):
+    store = open_store(tmp_path / "store", stamp(), 17)
+    facts = {"store": store.place, "stored_pieces": 1, "quarantined": NOTHING}
+    assert "has lost pieces since (1 or more); they will be captured again" in (explain_store(facts) or "")
+    for number in range(2):
+        with store.writer() as writer:
+            writer.append(bytes([number]) * 16, np.full((3, 17), 7, np.uint8))
+        assert explain_store(facts) is None
+    (shard, *_) = sorted((tmp_path / "store" / "shards").iterdir())
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xa5")
+    assert explain_store(facts) is None  # nobody has looked at that byte
+    store.quarantine(store.verify())
+    assert "has lost pieces since" in (explain_store(facts) or "")

@@ -16,7 +16,7 @@ from pydantic import JsonValue
 
 from potstill.data import PackedRows
 from potstill.engines import TeacherEngine, TrainableCausal, head_of, load_model, pick_device
-from potstill.errors import Interrupted
+from potstill.errors import Interrupted, StoreError
 from potstill.pipeline import build
 from potstill.pipeline.disk import PARTIAL, check_disk
 from potstill.pipeline.fidelity import Fidelity, measure_fidelity
@@ -30,14 +30,13 @@ from potstill.pipeline.stopping import Stopping
 from potstill.pipeline.transcribe import Captured, Transcript, capture_rows, piece_windows
 from potstill.recipes import Recipe
 from potstill.recipes.schema import StoredSignals
-from potstill.recipes.signals import HiddenSignals
 from potstill.signals import (
-    Damage,
     Encoding,
     SignalSpec,
     Store,
     StoredReader,
     encoding_of,
+    is_remote,
     open_store,
     reopen_store,
 )
@@ -90,19 +89,20 @@ def capture(recipe: Recipe, stage: Stage, inputs: Inputs, stopping: Stopping) ->
     Interrupted, after all that was read is stored, when somebody asks to stop.
     """
     store, encoding = _open(recipe, inputs.vocabulary)
-    damages = store.verify()
-    store.quarantine(damages)
+    if not is_remote(store.place):  # there it would mean to fetch all of it; what is read is compared in any case
+        store.quarantine(store.verify())
     rows = PackedRows(inputs.prepared / "train")
     numbers = rows_to_train(recipe, rows)
     wanted = _count(recipe, rows, numbers, store)
     _check_room(store, wanted.tokens * encoding.stride)
-    teacher = None
-    if wanted.missing or not (stage.folder / HELD_OUT_LESSONS).exists():
+    teacher, headless = None, encoding.spec.kind == "hidden" and not _has_head(store)
+    if wanted.missing or headless or not (stage.folder / HELD_OUT_LESSONS).exists():
         teacher = build.build_teacher(recipe)
         _keep_lessons(recipe, teacher, stage.folder, inputs)
+    if teacher and headless:
+        _keep_head(teacher, store, stage.folder, inputs.vocabulary)
     done = Captured()
     if teacher and wanted.missing:
-        _keep_head(recipe, teacher, store, stage.folder, vocabulary=inputs.vocabulary)
         transcript = make_transcript(recipe, teacher, encoding, inputs.vocabulary)
         with metered("capture", wanted.tokens, "tokens") as meter, stopping.held():
             done = capture_rows(transcript, rows, numbers, store=store, meter=meter, stopping=stopping.asked)
@@ -110,7 +110,7 @@ def capture(recipe: Recipe, stage: Stage, inputs: Inputs, stopping: Stopping) ->
         raise Interrupted(f"stopped after {done.pieces} of {wanted.missing} pieces; the same command continues.")
     del teacher
     release_memory()
-    stage.finish(HELD_OUT_LESSONS, **_facts(store, wanted, done, damages), **_how_true(recipe, inputs, stage, encoding))
+    stage.finish(HELD_OUT_LESSONS, **_facts(store, wanted, done), **_how_true(recipe, inputs, stage, encoding))
 
 
 def capture_part(recipe: Recipe, inputs: Inputs, part: tuple[int, int], stopping: Stopping) -> Captured:
@@ -170,7 +170,7 @@ def _count(recipe: Recipe, rows: PackedRows, numbers: Sequence[int], store: Stor
 
 def _check_room(store: Store, needed_bytes: int) -> None:
     """Refuse, before the teacher reads, what the disk of a store here has no room for."""
-    if "://" not in store.place:
+    if not is_remote(store.place):
         check_disk(Path(store.place), needed_bytes, "what the teacher will say", "signals.store")
 
 
@@ -183,16 +183,22 @@ def _keep_lessons(recipe: Recipe, teacher: TeacherEngine, folder: Path, inputs: 
     partial.replace(folder / HELD_OUT_LESSONS)
 
 
-def _keep_head(recipe: Recipe, teacher: TeacherEngine, store: Store, folder: Path, *, vocabulary: int) -> None:
-    """With hidden states, the head that turns them into logits: once a store."""
-    if isinstance(recipe.signals, HiddenSignals):
-        partial = folder / f".{HEAD}{PARTIAL}"
-        write_head(head_of(teacher.model).sliced(vocabulary), partial)
-        store.put_file(HEAD, partial)
-        partial.unlink()
+def _has_head(store: Store) -> bool:
+    try:
+        return store.get_file(HEAD).is_file()
+    except StoreError:  # absent or damaged
+        return False
 
 
-def _facts(store: Store, wanted: _Wanted, done: Captured, damages: Sequence[Damage]) -> dict[str, JsonValue]:
+def _keep_head(teacher: TeacherEngine, store: Store, folder: Path, vocabulary: int) -> None:
+    """What turns stored hidden states into logits: once a store."""
+    partial = folder / f".{HEAD}{PARTIAL}"
+    write_head(head_of(teacher.model).sliced(vocabulary), partial)
+    store.put_file(HEAD, partial)
+    partial.unlink()
+
+
+def _facts(store: Store, wanted: _Wanted, done: Captured) -> dict[str, JsonValue]:
     """What the report tells of the store, and by what the next run knows whether it is still what it was."""
     return {
         "store": store.place,
@@ -203,7 +209,6 @@ def _facts(store: Store, wanted: _Wanted, done: Captured, damages: Sequence[Dama
         "stored_bytes": store.num_bytes,
         "read_tokens": done.tokens,
         "capture_seconds": round(done.seconds, 3),
-        "damaged": len(damages),
         "stored_pieces": store.num_pieces,
         "quarantined": asdict(store.quarantined),
     }
@@ -212,7 +217,8 @@ def _facts(store: Store, wanted: _Wanted, done: Captured, damages: Sequence[Dama
 def _how_true(recipe: Recipe, inputs: Inputs, stage: Stage, encoding: Encoding) -> dict[str, JsonValue]:
     """The encoding, and its fidelity on held-out rows, by the student as it begins."""
     rows = PackedRows(inputs.prepared / "validation")
-    lessons = open_lessons(stage.folder / HELD_OUT_LESSONS, rows, 1, at_once=1)
+    most, at_once = recipe.training.validation_rows, validated_at_once(recipe)
+    lessons = open_lessons(stage.folder / HELD_OUT_LESSONS, rows, most, at_once=at_once)
     device = pick_device(recipe.training.device, "training.device")
     model = load_model(str(inputs.initial / STUDENT), "fp32", device, "student")
     student = build.build_trainable(recipe, model)

@@ -260,7 +260,7 @@ def run_part(recipe: Recipe, part: str, stopping: Stopping) -> str:
     """
     found = re.fullmatch(r"([1-9][0-9]{0,5})/([1-9][0-9]{0,5})", part)
     if not found or int(found[1]) > int(found[2]):
-        raise RecipeError(f"--part: got {part}, needs I/N with I from 1 to N, for example 1/4.")
+        raise RecipeError(f"--part: got {part!r}, needs I/N with I from 1 to N, for example 1/4.")
     if not isinstance(recipe.signals, StoredSignals):
         raise RecipeError(NO_CAPTURE)
     settled, fingerprints = settle(recipe), stage_fingerprints(recipe)

@@ -3,7 +3,7 @@
 from potstill.signals.encodings import Encoding, draw_uniforms, encoding_of
 from potstill.signals.pieces import Piece, Salt, pieces_of
 from potstill.signals.reader import StoredReader
-from potstill.signals.remote import check_place
+from potstill.signals.remote import check_place, is_remote
 from potstill.signals.sparse import entropy_of
 from potstill.signals.spec import SignalSpec
 from potstill.signals.store import Damage, Records, Stamp, Store, Writer, open_store, read_stamp, reopen_store
@@ -24,6 +24,7 @@ __all__ = [
     "draw_uniforms",
     "encoding_of",
     "entropy_of",
+    "is_remote",
     "open_store",
     "pieces_of",
     "read_stamp",

@@ -27,6 +27,10 @@ Arrays = Sequence[NDArray[Any]]
 WIDEST = 24
 """Bits of a number: with 7 bits of a neighbour before it, it still lies within a window of 32."""
 
+HEAD_BITS = 2
+"""Bits for every kept token of a record, which those of them that are heads share: with more, fewer tokens would fit into
+the same bytes, and the mean squared error at real positions be larger."""
+
 SLICE_IDS = 1 << 15
 """Token numbers that are read at once: what lies between the steps stays near the core."""
 
@@ -150,7 +154,7 @@ class Estimate:
     """A record of `sparse.sample`: ids, which of them are heads, tau, and the heads' probabilities.
 
         drawn    tau = (t / t_max)^2 / K                       t in 16 bits
-        heads    p = bound * (c / c_max)^2                     c in min(24, floor(4 K / (h - 1))) bits
+        heads    p = bound * (c / c_max)^2                     c in min(24, floor(HEAD_BITS K / (h - 1))) bits
         largest  1 - all others, exactly; its slot is stored   bound in 8 bits
 
     Even steps of the square root spread the chi-square error evenly. Rounding is up or down by chance, unbiased; for
@@ -165,7 +169,7 @@ class Estimate:
     @property
     def stride(self) -> int:
         """Bytes of a record."""
-        return self._code_start + _bytes_of(4 * self.k)
+        return self._code_start + _bytes_of(HEAD_BITS * self.k)
 
     @property
     def _ids(self) -> EliasFano:
@@ -214,7 +218,7 @@ class Estimate:
             _raw(slot_n1[:, 0], self._slot),
             _raw(tau_code_n, self._number),
             bound_n[:, None],
-            pack_codes(np.take_along_axis(codes_nK, order_nK, axis=1), widths_n, 4 * self.k),
+            pack_codes(np.take_along_axis(codes_nK, order_nK, axis=1), widths_n, HEAD_BITS * self.k),
         ]
         return np.concatenate(fields, axis=1)
 
@@ -248,7 +252,7 @@ class Estimate:
         others_n = np.maximum(count_n - 1, 0)
         first_n = others_n.cumsum() - others_n
         rank_m = np.arange(place_m.size) - np.repeat(first_n, others_n)
-        code_bits = 8 * _bytes_of(4 * self.k)
+        code_bits = 8 * _bytes_of(HEAD_BITS * self.k)
         starts_m = np.repeat(np.arange(len(p_nK)) * code_bits, others_n) + rank_m * np.repeat(widths_n, others_n)
         code_m = unpack_codes(section_nS[:, self._code_start :], starts_m, np.repeat(widths_n, others_n))
         unit_n = SCALES[section_nS[:, self._code_start - 1]] / ((1 << widths_n) - 1.0) ** 2
@@ -256,7 +260,7 @@ class Estimate:
 
     def _widths(self, count_n: Integers) -> Integers:
         """Bits of each head but the largest, from the number of heads."""
-        widths_n: Integers = np.minimum(4 * self.k // np.maximum(count_n - 1, 1), WIDEST)
+        widths_n: Integers = np.minimum(HEAD_BITS * self.k // np.maximum(count_n - 1, 1), WIDEST)
         return widths_n
 
 
