@@ -41,9 +41,10 @@ Draw = Callable[[Tensor, Tensor, int], Tensor]
 def estimate_rows(stand: Stand, positions: int, draws: int) -> list[Row]:
     """Mean squared errors over the positions and draws, and their ratios with the range over draws.
 
-    The first ratio is at the mean bytes of the peer's plain form, `.fewest_bits` at those of its coded one, `.equal_tokens`
-    at as many tokens as the peer has unique ones in the mean, `.constant_stride` at the bytes of 50 coded tokens, which
-    all records of the peer must have for their place to be an address computation, as ours is; `.k16` is at 16 tokens.
+    The first ratio is at the mean bytes of the peer's plain form, `.fewest_bits` at those of its coded one,
+    `.equal_tokens` at as many tokens as the peer has unique ones in the mean, `.constant_stride` at the bytes of 50
+    coded tokens, which all records of the peer must have for their place to be an address computation, as ours is;
+    `.k16` is at 16 tokens.
     """
     said = draw_positions(stand, positions)
     vocabulary = stand.vocabulary

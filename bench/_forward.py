@@ -17,7 +17,7 @@ import torch
 from _stand import Stand, transcript_of
 
 from potstill.pipeline.recall import stamp_for
-from potstill.pipeline.transcribe import _batch_of, _batches, missing_texts
+from potstill.pipeline.transcribe import _batch_of, _batches, texts_to_read
 from potstill.signals import open_store
 
 __all__ = ["BareForward"]
@@ -30,7 +30,7 @@ class BareForward:
         """`empty` becomes a store without pieces: all of them are missing."""
         recipe, transcript = transcript_of(stand, "k16")
         store = open_store(empty, stamp_for(recipe, transcript.encoding.spec), transcript.encoding.stride)
-        windows = missing_texts(stand.rows, numbers, store)
+        windows = texts_to_read(stand.rows, numbers, store)
         found = [texts for window in windows for texts in _batches(window, transcript.batch_tokens)]
         self.model = stand.teacher.model
         self.batches = [_batch_of(texts).to(self.model.device) for texts in found]

@@ -175,7 +175,7 @@ def estimate(arguments: argparse.Namespace) -> dict[str, Any]:
     from _stand import open_stand
 
     rows = estimate_rows(open_stand(arguments.folder / "run"), arguments.positions, arguments.draws)
-    words = "random sampling, 50 draws (arXiv:2503.16870), in 3 bytes a unique token; .fewest_bits: log2 C(V, unique) and 6 bits a count"
+    words = "random sampling, 50 draws (arXiv:2503.16870), 3 bytes a unique token; fewest_bits: log2 C(V, unique) + 6"
     return answer(rows, {"estimates": f"{words}; {arguments.draws} draws of each, low .. high over them"})
 
 

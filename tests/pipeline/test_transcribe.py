@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from potstill.engines import LocalEngine, load_model, load_tokenizer
 from potstill.errors import StoreError
 from potstill.pipeline import transcribe
-from potstill.pipeline.transcribe import Captured, Transcript, capture_rows, missing_texts
+from potstill.pipeline.transcribe import Captured, Transcript, capture_rows, texts_to_read
 from potstill.recipes.signals import AllPositions, HighestEntropyPositions, RandomPositions
 from potstill.signals import SignalSpec, Stamp, Store, encoding_of, open_store, pieces_of
 from potstill.types import IGNORE, Batch, Head, Logits, Mixture, Signal, States, Wants
@@ -269,8 +269,8 @@ def test_texts_in_which_nothing_is_learned_are_stored_as_such(tmp_path, kind, po
 def test_parts_are_a_partition(tmp_path_factory, parts):
     rows = packed(make_documents())
     store = make_store(tmp_path_factory.mktemp("parts") / "s", SPECS["topk"])
-    (whole,) = missing_texts(rows, range(10), store)
-    shares = [next(iter(missing_texts(rows, range(10), store, part=(i, parts)))) for i in range(parts)]
+    (whole,) = texts_to_read(rows, range(10), store)
+    shares = [next(iter(texts_to_read(rows, range(10), store, part=(i, parts)))) for i in range(parts)]
     assert sorted(text.key for share in shares for text in share) == sorted(text.key for text in whole)
 
 

@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from potstill.data import PackedRows
@@ -57,18 +59,26 @@ __all__ = [
 HELD_OUT_LESSONS = "validation.safetensors"
 """What the teacher says about the validation rows: whole, so that every arm's curves are drawn with one ruler."""
 
+PLANNED = "planned.npy"
+"""Which pieces were missing when the stage began, so that an interrupted one goes on in the same batches."""
+
 HEAD = "head.safetensors"
 """Name of the teacher's head among the files of a store of hidden states."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """What the training needs of the store: pieces, positions in them, and what of it is missing, with its tokens."""
+    """What the training needs of the store: pieces, positions in them, and what is missing of it, with its tokens."""
 
     pieces: int
     positions: int
-    missing: int
     tokens: int
+    missing_P: NDArray[np.bool_]
+
+    @property
+    def missing(self) -> int:
+        """Pieces that are missing."""
+        return int(self.missing_P.sum())
 
 
 def rows_to_train(recipe: Recipe, rows: PackedRows) -> list[int]:
@@ -105,7 +115,15 @@ def capture(recipe: Recipe, stage: Stage, inputs: Inputs, stopping: Stopping) ->
     if teacher and wanted.missing:
         transcript = make_transcript(recipe, teacher, encoding, inputs.vocabulary)
         with metered("capture", wanted.tokens, "tokens") as meter, stopping.held():
-            done = capture_rows(transcript, rows, numbers, store=store, meter=meter, stopping=stopping.asked)
+            done = capture_rows(
+                transcript,
+                rows,
+                numbers,
+                store=store,
+                planned=_keep_plan(stage.folder / PLANNED, wanted.missing_P),
+                meter=meter,
+                stopping=stopping.asked,
+            )
     if stopping.asked() and _count(recipe, rows, numbers, store).missing:
         raise Interrupted(f"stopped after {done.pieces} of {wanted.missing} pieces; the same command continues.")
     del teacher
@@ -156,16 +174,30 @@ def _open(recipe: Recipe, vocabulary: int) -> tuple[Store, Encoding]:
 
 def _count(recipe: Recipe, rows: PackedRows, numbers: Sequence[int], store: Store) -> _Wanted:
     share = cast(StoredSignals, recipe.signals).share
-    pieces = positions = missing = tokens = 0
+    pieces = positions = tokens = 0
+    missing = []
     for batch, found in piece_windows(rows, numbers, salt_for(recipe)):
         supervised_BT = batch.supervised_BT
-        absent = store.missing(list(found))
+        absent = set(store.missing(list(found)))
         pieces += len(found)
-        missing += len(absent)
+        missing += [key in absent for key in found]
         tokens += sum(found[key].stop - found[key].start for key in absent)
         counts = (int(supervised_BT[one.row, one.start : one.stop].sum()) for one in found.values())
         positions += sum(math.ceil(share * count) for count in counts)
-    return _Wanted(pieces, positions, missing, tokens)
+    return _Wanted(pieces, positions, tokens, np.array(missing, dtype=np.bool_))
+
+
+def _keep_plan(path: Path, missing_P: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """What was missing when the stage began, if that was in an earlier attempt; else what is missing now, kept."""
+    if path.exists():
+        planned_P: NDArray[np.bool_] = np.load(path)
+        if len(planned_P) == len(missing_P) and not (missing_P & ~planned_P).any():
+            return planned_P
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    with partial.open("wb") as file:
+        np.save(file, missing_P)
+    partial.replace(path)
+    return missing_P
 
 
 def _check_room(store: Store, needed_bytes: int) -> None:

@@ -6,6 +6,7 @@ Packing and writing happen behind the reading, in a thread of their own. Refuses
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import time
 from collections import deque
@@ -16,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from potstill.losses import logit_blocks
@@ -24,7 +26,7 @@ from potstill.recipes.signals import HighestEntropyPositions, Positions, RandomP
 from potstill.signals import Encoding, Piece, Salt, Store, Writer, draw_uniforms, entropy_of, pieces_of
 from potstill.types import IGNORE, Batch, Mixture, Reader, States, Wants
 
-__all__ = ["Captured", "Text", "Transcript", "capture_rows", "missing_texts", "piece_windows"]
+__all__ = ["Captured", "Text", "Transcript", "capture_rows", "piece_windows", "texts_to_read"]
 
 WINDOW_ROWS = 2048
 """Rows whose missing pieces are sorted by length together: enough for batches of equal lengths, few to hold."""
@@ -34,6 +36,9 @@ BEHIND = 2
 
 CHOOSING = b"positions"
 """Sets the random numbers that choose positions apart from those that choose tokens."""
+
+
+Mask = NDArray[np.bool_]
 
 
 class Rows(Protocol):
@@ -99,19 +104,21 @@ def capture_rows(
     numbers: Sequence[int],
     *,
     store: Store,
+    planned: Mask | None = None,
     part: tuple[int, int] = (0, 1),
     meter: Meter | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Captured:
     """Have the teacher read those pieces of these rows that `store` lacks, and store what it says.
 
-    `part` as in `missing_texts`. Stops early, with all that was read committed, when `stopping()` turns true. Raises
-    StoreError where the store cannot be written.
+    `planned` and `part` as in `texts_to_read`: with the same plan, a capture that was interrupted reads on in the same
+    batches, so that it ends in the same bits. Stops early, with all that was read committed, when `stopping()` turns
+    true. Raises StoreError where the store cannot be written.
     """
     began, done = time.monotonic(), [Captured()]
     with store.writer() as writer, ThreadPoolExecutor(1) as packer:
-        for texts in missing_texts(rows, numbers, store, salt=transcript.salt, part=part):
-            for kept in _run_behind(packer, _jobs(transcript, writer, texts, stopping)):
+        for texts in texts_to_read(rows, numbers, store, salt=transcript.salt, planned=planned, part=part):
+            for kept in _run_behind(packer, _jobs(transcript, store, writer, texts, stopping=stopping)):
                 done.append(kept)
                 if meter:
                     meter.advance(kept.tokens)
@@ -137,15 +144,28 @@ def piece_windows(
         yield batch, {piece.key: piece for piece in pieces_of(batch, salt)}
 
 
-def missing_texts(
-    rows: Rows, numbers: Sequence[int], store: Store, *, salt: Salt | None = None, part: tuple[int, int] = (0, 1)
+def texts_to_read(
+    rows: Rows,
+    numbers: Sequence[int],
+    store: Store,
+    *,
+    salt: Salt | None = None,
+    planned: Mask | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[Sequence[Text]]:
     """The pieces of these rows that `store` lacks, each once, window by window.
 
-    `part` (i, n) leaves only the i-th of n parts of the pieces, by key, so that n processes can share the work.
+    planned  of all pieces, in the order of `piece_windows`, those that it lacked when the capture began: they are given
+             in place of those that it lacks now. bool [pieces]
+    part     (i, n) leaves only the i-th of n parts of the pieces, by key, so that n processes can share the work
     """
+    place = 0
     for batch, pieces in piece_windows(rows, numbers, salt):
-        absent = (pieces[key] for key in store.missing(list(pieces)))
+        if planned is None:
+            absent = [pieces[key] for key in store.missing(list(pieces))]
+        else:
+            absent = list(itertools.compress(pieces.values(), planned[place : place + len(pieces)]))
+        place += len(pieces)
         yield [
             Text(
                 piece.key,
@@ -159,13 +179,15 @@ def missing_texts(
 
 
 def _jobs(
-    transcript: Transcript, writer: Writer, texts: Sequence[Text], stopping: Callable[[], bool]
+    transcript: Transcript, store: Store, writer: Writer, texts: Sequence[Text], *, stopping: Callable[[], bool]
 ) -> Iterator[Callable[[], Captured]]:
-    """Reads batch by batch; what comes out is the rest of the work on each."""
+    """Reads batch by batch, those that have something missing; what comes out is the rest of the work on each."""
     for batch in _batches(texts, transcript.batch_tokens):
         if stopping():
             return
-        yield functools.partial(_keep, transcript.encoding, writer, batch, _select(transcript, batch))
+        if absent := frozenset(store.missing([text.key for text in batch])):
+            selected = _select(transcript, batch)
+            yield functools.partial(_keep, transcript.encoding, writer, batch, selected, absent=absent)
 
 
 def _run_behind(packer: Executor, jobs: Iterable[Callable[[], Captured]]) -> Iterator[Captured]:
@@ -250,18 +272,22 @@ def _choose_highest(scores_N: Tensor, counts: Sequence[int], share: float) -> Te
     return keep_N
 
 
-def _keep(encoding: Encoding, writer: Writer, texts: Sequence[Text], selected: _Selected) -> Captured:
-    """Pack and store what was selected of these texts."""
+def _keep(
+    encoding: Encoding, writer: Writer, texts: Sequence[Text], selected: _Selected, *, absent: frozenset[bytes]
+) -> Captured:
+    """Pack what was selected of these texts, and store what is absent."""
     records_NS = encoding.pack(tuple(part.cpu() for part in selected.parts))
-    start = place = 0
+    start, place, done = 0, 0, Captured()
     for text, count in zip(texts, selected.counts, strict=True):
         note, stored = b"", count
         if selected.keep_N is not None:
             kept_n = selected.keep_N[place : place + count].numpy()
             note, stored = np.packbits(kept_n).tobytes(), int(kept_n.sum())
-        writer.append(text.key, records_NS[start : start + stored], note)
+        if text.key in absent:
+            writer.append(text.key, records_NS[start : start + stored], note)
+            done = Captured(done.pieces + 1, done.positions + stored, done.tokens + len(text))
         start, place = start + stored, place + count
-    return Captured(len(texts), start, sum(map(len, texts)))
+    return done
 
 
 def _device(said: States | Mixture) -> torch.device:

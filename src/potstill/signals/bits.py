@@ -28,8 +28,8 @@ WIDEST = 24
 """Bits of a number: with 7 bits of a neighbour before it, it still lies within a window of 32."""
 
 HEAD_BITS = 2
-"""Bits for every kept token of a record, which those of them that are heads share: with more, fewer tokens would fit into
-the same bytes, and the mean squared error at real positions be larger."""
+"""Bits for every kept token of a record, which those of them that are heads share. With more, fewer tokens would fit
+into the same bytes, and the mean squared error at real positions would be larger."""
 
 SLICE_IDS = 1 << 15
 """Token numbers that are read at once: what lies between the steps stays near the core."""
