@@ -279,7 +279,7 @@ def test_a_store_is_verified_described_and_exported(potstill, tiny_recipe, tmp_p
     (place,) = (tmp_path / "signals").iterdir()
     verified = potstill("signals", "verify", place)
     assert verified.code == 0
-    assert verified.out.endswith("every byte is as it was written.\n")
+    assert verified.out.endswith("every byte in use is as it was written.\n")
     told = potstill("signals", "stats", place).out
     assert "tiny-llama" in told
     assert '"k": 8' in told

@@ -112,24 +112,13 @@ def ece_of(scores, resamples=300, seed=1):
     return found
 
 
-def test_the_interval_is_that_of_documents_drawn_again():
+def test_the_error_of_an_arm_has_no_interval():
+    """Resampling documents adds noise to every bin, which lifts the error: the quantiles would bound nothing."""
     scores = documents(0)
     found = ece_of(scores)
-    weights_RD = np.random.default_rng(1).multinomial(30, np.full(30, 1 / 30), size=300)
-    errors = [calibration_error(np.einsum("d,dmc->mc", weights_D, scores.bins_DM3)) for weights_D in weights_RD]
     assert found.value == pytest.approx(calibration_error(scores.bins_DM3.sum(0)))
-    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(errors, [2.5, 97.5])))
+    assert (found.low, found.high) == (None, None)
     assert (found.n, found.unit, found.slice) == (30, "share", "test")
-
-
-def test_the_interval_holds_the_value_where_resampling_adds_more_than_there_is():
-    """Calibrated to the last position in every bin, but not in every document: all resamples are worse."""
-    scores = documents(0)
-    bins_DM3 = np.zeros_like(scores.bins_DM3)
-    bins_DM3[:, 7] = [[10.0, 5.0, 10.0 if number % 2 else 0.0] for number in range(30)]
-    found = ece_of(DocumentScores(scores.documents, np.full(30, 10.0), scores.sums, bins_DM3))
-    assert found.low == found.value == 0.0
-    assert found.high > 0.05
 
 
 def test_one_document_has_an_error_without_an_interval():

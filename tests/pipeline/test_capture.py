@@ -324,7 +324,7 @@ def check_kills_change_nothing(processes, load, tmp_path: Path, kills: int) -> N
     assert missing
     run_recipe(disturbed, until="train")
     assert content(disturbed) == content(undisturbed)
-    assert 0 < facts(disturbed)["captured"] < facts(undisturbed)["captured"]
+    assert facts(disturbed)["captured"] == facts(undisturbed)["captured"]  # in all attempts together
     assert facts(disturbed)["quarantined"] == {"blocks": 0, "shards": 0, "pieces": 0}
     same_student(disturbed, undisturbed)
 
@@ -359,7 +359,7 @@ def test_asked_to_stop_a_capture_keeps_what_was_read(load, tmp_path, monkeypatch
     monkeypatch.undo()
     assert [status.state for status in explain_run(recipe) if status.stage == "train"] == ["missing"]
     run_recipe(recipe, until="train")
-    assert facts(recipe)["captured"] == pieces - sum(read)
+    assert facts(recipe)["captured"] == pieces
     assert content(recipe) == content(undisturbed)
     same_student(recipe, undisturbed)
 
@@ -390,7 +390,7 @@ def test_a_flipped_byte_is_named_captured_again_and_counted(load, tmp_path):
         run_recipe(recipe, until="train")
     (status,) = [status for status in explain_run(recipe) if status.stage == "capture"]
     assert status.state == "damaged"
-    assert "has lost pieces since" in status.why
+    assert "of the pieces since; they will be captured again" in status.why
     run_recipe(recipe, until="train")
     assert facts(recipe)["captured"] > 0
     assert facts(recipe)["quarantined"] == {"blocks": 1, "shards": 0, "pieces": facts(recipe)["captured"]}
@@ -399,7 +399,7 @@ def test_a_flipped_byte_is_named_captured_again_and_counted(load, tmp_path):
 
 
 def test_a_byte_that_flipped_before_a_capture_is_found_by_it(load, tmp_path):
-    """A second student's run looks at every byte of the store before it counts on it."""
+    """A second student's run looks at every byte that it will read before it counts on it."""
     first = load(SAMPLED, "signals.batch_tokens=1")
     run_recipe(first, until="train")
     before = content(first)
@@ -463,8 +463,8 @@ def test_a_disk_without_room_for_the_store_is_refused_before_the_teacher_is_load
         ("training.steps=7", {"capture", "train", "control"}),
         ("training.learning_rate=2e-3", {"train", "control"}),
         ("signals.temperatures=[1, 2]", {"capture", "train"}),
-        ("signals.batch_tokens=64", {"capture"}),
-        ("signals.store=/elsewhere", {"capture"}),
+        ("signals.batch_tokens=64", set()),
+        ("signals.store=/elsewhere", set()),
     ],
 )
 def test_a_change_makes_stale_what_it_changes_and_no_more(load, change, stale):

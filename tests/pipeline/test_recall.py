@@ -15,8 +15,10 @@ from potstill.errors import MissingExtra, RecipeError, StoreError
 from potstill.pipeline import build
 from potstill.pipeline.inspection import inspect_recipe
 from potstill.pipeline.recall import (
+    PLAN,
     check_signals,
     explain_store,
+    load_plan,
     place_for,
     salt_for,
     spec_for,
@@ -26,7 +28,6 @@ from potstill.pipeline.recall import (
 from potstill.recipes import load_recipe
 from potstill.signals import open_store
 
-NOTHING = {"blocks": 0, "shards": 0, "pieces": 0}
 CONFIG = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=48))
 MIXTURE = "teacher={kind: mixture, dtype: fp32, members: [{model: a}, {model: b, sources: {'code*': 3}}]}"
 SOFT = "losses=[{kind: forward_kl}]"
@@ -240,23 +241,56 @@ def recipe_folder(load) -> Path:
     return load().folder
 
 
-def test_a_store_that_is_as_it_was_left_needs_no_words(tmp_path, stamp):
+@pytest.fixture
+def left(tmp_path, stamp):
+    """A store, and the folder and facts of a capture that left three pieces there."""
     store = open_store(tmp_path / "store", stamp(), 17)
-    facts = {"store": store.place, "stored_pieces": 0, "quarantined": NOTHING}
-    assert explain_store(facts) is None
-    assert "holds no store" in (explain_store(facts | {"store": str(tmp_path / "gone")}) or "")
-
-
-def test_a_store_that_grew_is_as_good_and_one_that_shrank_is_not(tmp_path, stamp):
-    store = open_store(tmp_path / "store", stamp(), 17)
-    facts = {"store": store.place, "stored_pieces": 1, "quarantined": NOTHING}
-    assert "has lost pieces since (1 or more); they will be captured again" in (explain_store(facts) or "")
-    for number in range(2):
-        with store.writer() as writer:
+    with store.writer() as writer:
+        for number in range(3):
             writer.append(bytes([number]) * 16, np.full((3, 17), 7, np.uint8))
-        assert explain_store(facts) is None
-    (shard, *_) = sorted((tmp_path / "store" / "shards").iterdir())
+    keys = np.repeat(np.arange(3, dtype=np.uint8), 16).reshape(3, 16)
+    np.savez(tmp_path / PLAN, keys=keys, planned=np.ones(3, bool))
+    return store, tmp_path, {"store": store.place, "spec": {"kind": "sampled"}}
+
+
+def test_a_store_that_is_as_it_was_left_needs_no_words(load, left):
+    _, folder, facts = left
+    assert explain_store(load(SAMPLED), folder, facts) is None
+    assert "is gone" in (explain_store(load(SAMPLED), folder, facts | {"store": str(folder / "gone")}) or "")
+    elsewhere = load(SAMPLED, "signals.store=/elsewhere")
+    assert "is another place now" in (explain_store(elsewhere, folder, facts) or "")
+
+
+def test_a_store_that_grew_is_as_good_and_one_that_lost_what_the_run_needs_is_not(load, left):
+    store, folder, facts = left
+    (shard,) = (folder / "store" / "shards").iterdir()
+    with store.writer() as writer:
+        writer.append(b"another of a run", np.full((3, 17), 7, np.uint8))
+    (other,) = set((folder / "store" / "shards").iterdir()) - {shard}
+    assert explain_store(load(SAMPLED), folder, facts) is None
+    other.unlink()
+    assert explain_store(load(SAMPLED), folder, facts) is None  # what another run needs
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xa5")
-    assert explain_store(facts) is None  # nobody has looked at that byte
+    assert explain_store(load(SAMPLED), folder, facts) is None  # nobody has looked at that byte
+    store.refresh()
     store.quarantine(store.verify())
-    assert "has lost pieces since" in (explain_store(facts) or "")
+    words = "has lost 3 of the pieces since; they will be captured again"
+    assert words in (explain_store(load(SAMPLED), folder, facts) or "")
+
+
+def test_a_store_of_hidden_states_without_its_head_is_not_whole(load, left):
+    _, folder, facts = left
+    assert "head" in (explain_store(load(SAMPLED), folder, facts | {"spec": {"kind": "hidden"}}) or "")
+
+
+def test_a_store_that_cannot_be_read_is_no_store_that_is_gone(load, left):
+    _, folder, facts = left
+    (folder / "store" / "store.json").write_text("{")
+    with pytest.raises(StoreError, match=r"store\.json is damaged"):
+        explain_store(load(SAMPLED), folder, facts)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"x" * 100])
+def test_a_plan_that_is_not_whole_is_none(tmp_path, content):
+    (tmp_path / PLAN).write_bytes(content)
+    assert [len(part) for part in load_plan(tmp_path)] == [0, 0]

@@ -136,7 +136,8 @@ def test_a_whole_store_is_called_whole(tmp_path):
     verified = verify_store(tmp_path / "s")
     assert verified.whole
     assert verified.lines == (
-        f"{tmp_path / 's'}: 5 pieces, 53 records, {size(tmp_path / 's'):,} bytes: every byte is as it was written.",
+        f"{tmp_path / 's'}: 5 pieces, 53 records, {size(tmp_path / 's'):,} bytes: "
+        "every byte in use is as it was written.",
     )
 
 

@@ -131,7 +131,6 @@ SIGNALS = SignalFacts(
     rule="30 % at random",
     capture_tokens_per_s=2310.4,
     quarantined=2,
-    recaptured=31,
     fidelity=(
         ("KL, dense", "1.38 nats", "mean of a position"),
         ("error of the head's gradient", "6.2 %", "what a step sees"),

@@ -68,7 +68,7 @@ def hostile(story):
         data=DataFacts(HOSTILE, {HOSTILE: 1}, {}, {}, {HOSTILE: 2}, HOSTILE),
         reliability={HOSTILE: (ReliabilityPoint(0.0, 0.1, 0.05, 0.04, 9),)},
         signals=SignalFacts(
-            HOSTILE, HOSTILE, 1, 2, 3, 4.0, 1, 0, HOSTILE, 5.0, 1, 1, True, HOSTILE, ((HOSTILE, HOSTILE, HOSTILE),)
+            HOSTILE, HOSTILE, 1, 2, 3, 4.0, 1, 0, HOSTILE, 5.0, 1, True, HOSTILE, ((HOSTILE, HOSTILE, HOSTILE),)
         ),
     )  # fmt: skip
 
@@ -175,7 +175,7 @@ def test_what_was_stored_of_the_teacher_is_told_on_page_and_in_markdown(stored, 
         "2,538,254",
         "101 MB, 39.9 bytes a position",
         "2,310 tokens/s",
-        "2 damaged blocks put aside, 31 pieces captured again; nothing was trained on them",
+        "2 damaged blocks or files put aside in this store since it was begun; what this run needs",
         "error of the head's gradient",
         "what a step sees",
     ):
@@ -190,7 +190,7 @@ def test_without_stored_signals_nothing_is_said_of_them(story, tmp_path):
 
 
 def test_a_store_that_is_whole_says_so(stored, tmp_path):
-    whole = replace(stored.signals, quarantined=0, recaptured=0, bias="drawn tokens are right on average")
+    whole = replace(stored.signals, quarantined=0, bias="drawn tokens are right on average")
     text = page_of(replace(stored, signals=whole), tmp_path).text
     assert "damage none found" in text
     assert "biased no: drawn tokens are right on average" in text

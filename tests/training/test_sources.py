@@ -132,7 +132,7 @@ def test_without_a_teacher_signals_are_empty(kit):
 
 @given(st.integers(1, 30), st.integers(0, 60), st.integers(0, 2**32 - 1), st.integers(1, 7))
 def test_the_first_rows_are_those_that_are_drawn_first(count, most, seed, batch_rows):
-    found = first_rows(count, seed, most)
+    found = list(first_rows(count, seed, most))
     steps = -(-most // batch_rows)
     assert found == sorted(set(drawn(source(count, seed=seed, batch_rows=batch_rows), steps)[:most]))
 

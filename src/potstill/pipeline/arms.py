@@ -92,7 +92,10 @@ def _assemble(recipe: Recipe, inputs: Inputs, arm: Arm, rows: PackedRows, *, ste
         everywhere=recipe.signals.everywhere,
     ).to(accelerator.device)
     asks = bool(objective.needs)
-    lessons = _stored_lessons(recipe, inputs, asks=asks) if inputs.captured else _online(recipe, inputs, asks=asks)
+    if inputs.captured:
+        lessons = _stored_lessons(recipe, inputs, accelerator.device, asks=asks)
+    else:
+        lessons = _online(recipe, inputs, asks=asks)
     build.compile_blocks(recipe, steps, student, lessons.models)
     training = Training(
         build.build_trainable(recipe, student),
@@ -123,15 +126,15 @@ def _online(recipe: Recipe, inputs: Inputs, *, asks: bool) -> _Lessons:
     return _Lessons(teacher if asks else None, None, validation, models_of(teacher) if asks else ())
 
 
-def _stored_lessons(recipe: Recipe, inputs: Inputs, *, asks: bool) -> _Lessons:
+def _stored_lessons(recipe: Recipe, inputs: Inputs, device: torch.device, *, asks: bool) -> _Lessons:
     """Lessons of a teacher who has spoken: no model of it is loaded."""
     captured = cast(Path, inputs.captured)
     rows = PackedRows(inputs.prepared / "validation")
     most, at_once = recipe.training.validation_rows, validated_at_once(recipe)
-    validation = open_lessons(captured / HELD_OUT_LESSONS, rows, most, at_once=at_once)
+    validation = open_lessons(captured / HELD_OUT_LESSONS, rows, most, at_once=at_once, device=device)
     if not asks:
         return _Lessons(None, None, validation)
-    reader = open_reader(recipe, captured)
+    reader = open_reader(recipe, captured, device)
     return _Lessons(reader, None if recipe.signals.everywhere else reader.mark, validation)
 
 

@@ -6,6 +6,7 @@ Refuses to load a teacher who has nothing to add.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import JsonValue
+from pydantic import JsonValue, ValidationError
+from safetensors import SafetensorError
 
 from potstill.data import PackedRows
 from potstill.engines import TeacherEngine, TrainableCausal, head_of, load_model, pick_device
@@ -26,10 +28,21 @@ from potstill.pipeline.lessons import Inputs, open_head, open_lessons, read_less
 from potstill.pipeline.memory import release_memory
 from potstill.pipeline.places import STUDENT
 from potstill.pipeline.progress import metered
-from potstill.pipeline.recall import cache_folder, place_for, salt_for, spec_for, stamp_for, temperature_of
+from potstill.pipeline.recall import (
+    HEAD,
+    PLAN,
+    cache_folder,
+    has_head,
+    load_plan,
+    place_for,
+    salt_for,
+    spec_for,
+    stamp_for,
+    temperature_of,
+)
 from potstill.pipeline.rundir import RunDir, Stage
 from potstill.pipeline.stopping import Stopping
-from potstill.pipeline.transcribe import Captured, Transcript, capture_rows, piece_windows
+from potstill.pipeline.transcribe import Captured, Transcript, capture_rows, piece_windows, texts_to_read
 from potstill.recipes import Recipe
 from potstill.recipes.schema import StoredSignals
 from potstill.signals import (
@@ -42,6 +55,7 @@ from potstill.signals import (
     open_store,
     reopen_store,
 )
+from potstill.signals.pieces import KEY_BYTES
 from potstill.training import first_rows
 from potstill.types import Lesson, Mixture, States
 
@@ -59,21 +73,23 @@ __all__ = [
 HELD_OUT_LESSONS = "validation.safetensors"
 """What the teacher says about the validation rows: whole, so that every arm's curves are drawn with one ruler."""
 
-PLANNED = "planned.npy"
-"""Which pieces were missing when the stage began, so that an interrupted one goes on in the same batches."""
+CHECKED_PIECES = 4096
+"""Pieces whose checksums are compared at once."""
 
-HEAD = "head.safetensors"
-"""Name of the teacher's head among the files of a store of hidden states."""
+FIDELITY_BYTES = 4e9
+"""Memory that measuring the fidelity may take: four of the student's heads in float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """What the training needs of the store: pieces, positions in them, and what is missing of it, with its tokens."""
+    """What the training needs of the store: keys uint8 [pieces, 16] and which of them are missing, bool [pieces]; their
+    positions, and the tokens of those that are missing.
+    """
 
-    pieces: int
+    keys_P16: NDArray[np.uint8]
+    missing_P: NDArray[np.bool_]
     positions: int
     tokens: int
-    missing_P: NDArray[np.bool_]
 
     @property
     def missing(self) -> int:
@@ -81,7 +97,7 @@ class _Wanted:
         return int(self.missing_P.sum())
 
 
-def rows_to_train(recipe: Recipe, rows: PackedRows) -> list[int]:
+def rows_to_train(recipe: Recipe, rows: PackedRows) -> Sequence[int]:
     """Numbers of the rows that the training will draw: a store need not know more."""
     count = build.count_steps(recipe, len(rows)) * recipe.training.batch_rows
     return first_rows(len(rows), recipe.seed, count)
@@ -99,14 +115,13 @@ def capture(recipe: Recipe, stage: Stage, inputs: Inputs, stopping: Stopping) ->
     Interrupted, after all that was read is stored, when somebody asks to stop.
     """
     store, encoding = _open(recipe, inputs.vocabulary)
-    if not is_remote(store.place):  # there it would mean to fetch all of it; what is read is compared in any case
-        store.quarantine(store.verify())
     rows = PackedRows(inputs.prepared / "train")
     numbers = rows_to_train(recipe, rows)
     wanted = _count(recipe, rows, numbers, store)
     _check_room(store, wanted.tokens * encoding.stride)
-    teacher, headless = None, encoding.spec.kind == "hidden" and not _has_head(store)
-    if wanted.missing or headless or not (stage.folder / HELD_OUT_LESSONS).exists():
+    planned_P = _keep_plan(stage.folder, wanted)
+    teacher, headless = None, encoding.spec.kind == "hidden" and not has_head(store)
+    if wanted.missing or headless or not _has_lessons(recipe, inputs, stage.folder):
         teacher = build.build_teacher(recipe)
         _keep_lessons(recipe, teacher, stage.folder, inputs)
     if teacher and headless:
@@ -120,7 +135,7 @@ def capture(recipe: Recipe, stage: Stage, inputs: Inputs, stopping: Stopping) ->
                 rows,
                 numbers,
                 store=store,
-                planned=_keep_plan(stage.folder / PLANNED, wanted.missing_P),
+                planned=planned_P,
                 meter=meter,
                 stopping=stopping.asked,
             )
@@ -128,25 +143,39 @@ def capture(recipe: Recipe, stage: Stage, inputs: Inputs, stopping: Stopping) ->
         raise Interrupted(f"stopped after {done.pieces} of {wanted.missing} pieces; the same command continues.")
     del teacher
     release_memory()
-    stage.finish(HELD_OUT_LESSONS, **_facts(store, wanted, done), **_how_true(recipe, inputs, stage, encoding))
+    facts = _facts(store, wanted, done, captured=int(planned_P.sum()))
+    stage.finish(HELD_OUT_LESSONS, PLAN, **facts, **_how_true(recipe, inputs, stage, encoding))
 
 
 def capture_part(recipe: Recipe, inputs: Inputs, part: tuple[int, int], stopping: Stopping) -> Captured:
-    """Do one of several parts of a capture, beside other processes that do the others; the run folder is only read."""
+    """Do one of several parts of a capture, beside other processes that do the others; the run folder is only read.
+
+    Raises Interrupted where somebody asked to stop before all of the part was done.
+    """
     store, encoding = _open(recipe, inputs.vocabulary)
     rows = PackedRows(inputs.prepared / "train")
     numbers = rows_to_train(recipe, rows)
+    _check_room(store, _count(recipe, rows, numbers, store).tokens * encoding.stride // part[1])
     teacher = build.build_teacher(recipe)
     transcript = make_transcript(recipe, teacher, encoding, inputs.vocabulary)
     with metered(f"capture {part[0] + 1}/{part[1]}", None, "tokens") as meter, stopping.held():
-        return capture_rows(transcript, rows, numbers, store=store, part=part, meter=meter, stopping=stopping.asked)
+        done = capture_rows(transcript, rows, numbers, store=store, part=part, meter=meter, stopping=stopping.asked)
+    left = sum(map(len, texts_to_read(rows, numbers, store, salt=salt_for(recipe), part=part)))
+    if left and stopping.asked():
+        raise Interrupted(
+            f"stopped after {done.pieces} pieces of this part, {left} are left; the same command continues."
+        )
+    return done
 
 
-def open_reader(recipe: Recipe, captured: Path) -> StoredReader:
-    """The store that a finished capture filled, as a teacher. Raises StoreError where it is gone or of another one."""
+def open_reader(recipe: Recipe, captured: Path, device: torch.device) -> StoredReader:
+    """The store that a finished capture filled, as a teacher. Raises StoreError where it is gone or of another one.
+
+    A head goes to `device` once, since every lesson has it.
+    """
     facts: Mapping[str, Any] = RunDir(captured.parent).manifest(captured.name).facts
     store, spec = reopen_store(facts["store"], cache=cache_folder()), SignalSpec.from_json(facts["spec"])
-    head = open_head(store.get_file(HEAD)) if spec.kind == "hidden" else None
+    head = open_head(store.get_file(HEAD), device) if spec.kind == "hidden" else None
     return StoredReader(store, encoding_of(spec, head), temperature=temperature_of(recipe), salt=salt_for(recipe))
 
 
@@ -173,37 +202,68 @@ def _open(recipe: Recipe, vocabulary: int) -> tuple[Store, Encoding]:
 
 
 def _count(recipe: Recipe, rows: PackedRows, numbers: Sequence[int], store: Store) -> _Wanted:
+    """What is needed and what of it is missing, after everything that is there has been compared with its checksums."""
     share = cast(StoredSignals, recipe.signals).share
-    pieces = positions = tokens = 0
-    missing = []
+    positions = tokens = 0
+    keys, missing = [], []
     for batch, found in piece_windows(rows, numbers, salt_for(recipe)):
         supervised_BT = batch.supervised_BT
-        absent = set(store.missing(list(found)))
-        pieces += len(found)
-        missing += [key in absent for key in found]
+        absent = _absent(store, list(found))
+        keys.append(np.frombuffer(b"".join(found), np.uint8).reshape(-1, KEY_BYTES))
+        missing.append(np.array([key in absent for key in found], np.bool_))
         tokens += sum(found[key].stop - found[key].start for key in absent)
         counts = (int(supervised_BT[one.row, one.start : one.stop].sum()) for one in found.values())
         positions += sum(math.ceil(share * count) for count in counts)
-    return _Wanted(pieces, positions, tokens, np.array(missing, dtype=np.bool_))
+    return _Wanted(np.concatenate(keys), np.concatenate(missing), positions, tokens)
 
 
-def _keep_plan(path: Path, missing_P: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _absent(store: Store, keys: Sequence[bytes]) -> set[bytes]:
+    """Those of the keys that are not there, or damaged: reading sets these aside."""
+    while True:
+        absent = set(store.missing(keys))
+        present = [key for key in keys if key not in absent]
+        try:
+            for start in range(0, len(present), CHECKED_PIECES):
+                store.read(present[start : start + CHECKED_PIECES])
+        except StoreError:
+            if set(store.missing(keys)) == absent:  # it could not be set aside
+                raise
+        else:
+            return absent
+
+
+def _keep_plan(folder: Path, wanted: _Wanted) -> NDArray[np.bool_]:
     """What was missing when the stage began, if that was in an earlier attempt; else what is missing now, kept."""
-    if path.exists():
-        planned_P: NDArray[np.bool_] = np.load(path)
-        if len(planned_P) == len(missing_P) and not (missing_P & ~planned_P).any():
-            return planned_P
-    partial = path.with_name(f".{path.name}{PARTIAL}")
+    keys_P16, planned_P = load_plan(folder)
+    if np.array_equal(keys_P16, wanted.keys_P16) and not (wanted.missing_P & ~planned_P).any():
+        return planned_P
+    partial = folder / f".{PLAN}{PARTIAL}"
     with partial.open("wb") as file:
-        np.save(file, missing_P)
-    partial.replace(path)
-    return missing_P
+        np.savez(file, keys=wanted.keys_P16, planned=wanted.missing_P)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(folder / PLAN)
+    return wanted.missing_P
 
 
 def _check_room(store: Store, needed_bytes: int) -> None:
     """Refuse, before the teacher reads, what the disk of a store here has no room for."""
     if not is_remote(store.place):
         check_disk(Path(store.place), needed_bytes, "what the teacher will say", "signals.store")
+
+
+def _has_lessons(recipe: Recipe, inputs: Inputs, folder: Path) -> bool:
+    """Whether the held-out lessons are there, and whole."""
+    try:
+        return bool(_held_out(recipe, inputs, folder))
+    except (OSError, SafetensorError, ValidationError, KeyError, TypeError):
+        return False
+
+
+def _held_out(recipe: Recipe, inputs: Inputs, folder: Path) -> list[Lesson]:
+    rows = PackedRows(inputs.prepared / "validation")
+    most, at_once = recipe.training.validation_rows, validated_at_once(recipe)
+    return open_lessons(folder / HELD_OUT_LESSONS, rows, most, at_once=at_once)
 
 
 def _keep_lessons(recipe: Recipe, teacher: TeacherEngine, folder: Path, inputs: Inputs) -> None:
@@ -215,13 +275,6 @@ def _keep_lessons(recipe: Recipe, teacher: TeacherEngine, folder: Path, inputs: 
     partial.replace(folder / HELD_OUT_LESSONS)
 
 
-def _has_head(store: Store) -> bool:
-    try:
-        return store.get_file(HEAD).is_file()
-    except StoreError:  # absent or damaged
-        return False
-
-
 def _keep_head(teacher: TeacherEngine, store: Store, folder: Path, vocabulary: int) -> None:
     """What turns stored hidden states into logits: once a store."""
     partial = folder / f".{HEAD}{PARTIAL}"
@@ -230,30 +283,29 @@ def _keep_head(teacher: TeacherEngine, store: Store, folder: Path, vocabulary: i
     partial.unlink()
 
 
-def _facts(store: Store, wanted: _Wanted, done: Captured) -> dict[str, JsonValue]:
-    """What the report tells of the store, and by what the next run knows whether it is still what it was."""
+def _facts(store: Store, wanted: _Wanted, done: Captured, *, captured: int) -> dict[str, JsonValue]:
+    """What the report tells of the store. `captured` pieces were missing when the stage began, in whichever attempt."""
     return {
         "store": store.place,
-        "pieces": wanted.pieces,
-        "captured": done.pieces,
+        "pieces": len(np.unique(wanted.keys_P16, axis=0)),
+        "captured": captured,
         "positions": wanted.positions,
         "stored_positions": store.num_records,
         "stored_bytes": store.num_bytes,
         "read_tokens": done.tokens,
         "capture_seconds": round(done.seconds, 3),
-        "stored_pieces": store.num_pieces,
         "quarantined": asdict(store.quarantined),
     }
 
 
 def _how_true(recipe: Recipe, inputs: Inputs, stage: Stage, encoding: Encoding) -> dict[str, JsonValue]:
     """The encoding, and its fidelity on held-out rows, by the student as it begins."""
-    rows = PackedRows(inputs.prepared / "validation")
-    most, at_once = recipe.training.validation_rows, validated_at_once(recipe)
-    lessons = open_lessons(stage.folder / HELD_OUT_LESSONS, rows, most, at_once=at_once)
+    facts: dict[str, JsonValue] = {"stride": encoding.stride, "spec": encoding.spec.to_json(), "fidelity": None}
     device = pick_device(recipe.training.device, "training.device")
     model = load_model(str(inputs.initial / STUDENT), "fp32", device, "student")
+    if 4 * 4 * model.get_output_embeddings().weight.numel() > FIDELITY_BYTES:
+        return facts
+    lesson = _held_out(recipe, inputs, stage.folder)[0]
+    lesson = Lesson(lesson.batch.to(device), lesson.signal.to(device))
     student = build.build_trainable(recipe, model)
-    lesson = Lesson(lessons[0].batch.to(device), lessons[0].signal.to(device))
-    found = sample_fidelity(student, lesson, encoding.spec, temperature_of(recipe))
-    return {"stride": encoding.stride, "spec": encoding.spec.to_json(), "fidelity": asdict(found)}
+    return facts | {"fidelity": asdict(sample_fidelity(student, lesson, encoding.spec, temperature_of(recipe)))}

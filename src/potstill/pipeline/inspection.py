@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -17,16 +18,24 @@ from potstill.engines.local import load_config
 from potstill.errors import RecipeError
 from potstill.pipeline import build
 from potstill.pipeline.chain import blaming, load_chain, student_folder
+from potstill.pipeline.disk import check_disk, folder_bytes
 from potstill.pipeline.layers import count_layers
 from potstill.pipeline.metrics import check_trackers
 from potstill.pipeline.places import resolve_data, resolve_model, source_bytes
-from potstill.pipeline.recall import check_signals, spec_for
+from potstill.pipeline.recall import check_signals, check_store, spec_for
 from potstill.pipeline.run import is_trained
 from potstill.recipes import Recipe
 from potstill.recipes.schema import LayersStudent, PretrainedStudent, StoredSignals
-from potstill.signals import check_place, encoding_of, shared_vocabulary
+from potstill.signals import check_place, encoding_of, is_remote, shared_vocabulary
 
-__all__ = ["SPEED_TOKENS", "Inspection", "count_parameters", "inspect_recipe", "stage_bytes"]
+__all__ = [
+    "SPEED_TOKENS",
+    "Inspection",
+    "check_store_room",
+    "count_parameters",
+    "inspect_recipe",
+    "stage_bytes",
+]
 
 PREPARED_BYTES = 7
 """Disk per byte of text while it is packed: 20 bytes a token (three int32 and the spool), 3 characters a token."""
@@ -88,9 +97,11 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
     found = Inspection(teachers, student, tokenizer, student_tokenizer, min(vocabulary, *heads))
     if not isinstance(recipe.signals, StoredSignals):
         return found
+    spec = spec_for(recipe, found.vocabulary, teachers[0].config)
     if recipe.signals.store:
         check_place(recipe.signals.store)
-    return replace(found, record_bytes=encoding_of(spec_for(recipe, found.vocabulary, teachers[0].config)).stride)
+        check_store(recipe, spec)
+    return replace(found, record_bytes=encoding_of(spec).stride)
 
 
 def count_parameters(model: Any) -> int:
@@ -122,23 +133,29 @@ def _prepared_bytes(recipe: Recipe) -> int:
 
 
 def _captured_bytes(recipe: Recipe, found: Inspection) -> Mapping[str, int]:
-    """What a capture writes beside the run: held-out lessons with the teacher's head; and its store, if that is here.
-
-    The store's size follows from the tokens of the training, or, where these are not given, from the data's.
-    """
+    """What a capture writes beside the run: held-out lessons with the teacher's head. Its store is elsewhere."""
     if not isinstance(recipe.signals, StoredSignals):
         return {}
     held_out = recipe.training.validation_rows * recipe.data.sequence_length
     widths = [model.config.get_text_config().hidden_size for model in found.teachers]
-    lessons = 4 * sum(widths) * (held_out + found.vocabulary)
+    return {"capture": 4 * sum(widths) * (held_out + found.vocabulary) + SMALL_BYTES}
+
+
+def check_store_room(recipe: Recipe, found: Inspection) -> None:
+    """Refuse a store for which its disk has no room, as far as that is known before the data is read.
+
+    Its size follows from the tokens of the training, or, where these are not given, from the data's. What lies there
+    already counts as a part of it. Raises RunError.
+    """
+    signals = recipe.signals
+    if not isinstance(signals, StoredSignals) or (signals.store and is_remote(signals.store)):
+        return
     steps = 0 if recipe.training.epochs else build.count_steps(recipe, 0)
     asked = steps * recipe.training.batch_rows * recipe.data.sequence_length
     there = _prepared_bytes(recipe) // (PREPARED_BYTES * CHARACTERS_A_TOKEN)
-    tokens = min(asked or there, there or asked)
-    here = recipe.signals.store is None
-    return {
-        "capture": lessons + SMALL_BYTES + (round(recipe.signals.share * tokens) * found.record_bytes if here else 0)
-    }
+    size = round(signals.share * min(asked or there, there or asked)) * found.record_bytes
+    place = Path(signals.store).expanduser() if signals.store else recipe.folder.parent / "signals"
+    check_disk(place, size - folder_bytes(place), "what the teacher will say", "signals.store")
 
 
 def _blank_teachers(recipe: Recipe) -> tuple[tuple[Any, ...], Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -78,10 +79,12 @@ def write_lessons(lessons: Sequence[Lesson], path: Path) -> None:
     save_file(tensors, path, metadata={"heads": _Members(members=kept).model_dump_json()})
 
 
-def open_lessons(path: Path, rows: PackedRows, most: int | None, *, at_once: int) -> list[Lesson]:
-    """The same rows as `read_lessons` reads, with what `write_lessons` kept of the teacher."""
+def open_lessons(
+    path: Path, rows: PackedRows, most: int | None, *, at_once: int, device: torch.device | str = "cpu"
+) -> list[Lesson]:
+    """The same rows as `read_lessons` reads, with what `write_lessons` kept of the teacher, on `device`."""
     lessons = []
-    with safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="pt", device=str(device)) as file:
         names = set(file.keys())
         members = _Members.model_validate_json(file.metadata()["heads"]).members
         heads = [_head(file, place, one) for place, one in enumerate(members)]
@@ -106,9 +109,9 @@ def write_head(head: Head, path: Path) -> None:
     save_file(tensors, path, metadata={"heads": kept.model_dump_json()})
 
 
-def open_head(path: Path) -> Head:
-    """The output layer that `write_head` kept."""
-    with safe_open(path, framework="pt") as file:
+def open_head(path: Path, device: torch.device | str = "cpu") -> Head:
+    """The output layer that `write_head` kept, on `device`."""
+    with safe_open(path, framework="pt", device=str(device)) as file:
         return _head(file, 0, _Members.model_validate_json(file.metadata()["heads"]).members[0])
 
 

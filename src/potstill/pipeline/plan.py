@@ -20,7 +20,7 @@ from potstill.pipeline.calibration import Pace, measure_pace
 from potstill.pipeline.chain import blaming, load_chain, settle
 from potstill.pipeline.disk import check_disk, check_writable, folder_bytes
 from potstill.pipeline.fidelity import describe_fidelity
-from potstill.pipeline.inspection import Inspection, inspect_recipe, stage_bytes
+from potstill.pipeline.inspection import Inspection, check_store_room, inspect_recipe, stage_bytes
 from potstill.pipeline.run import explain_run, is_trained
 from potstill.pipeline.rundir import check_unlocked
 from potstill.pipeline.survey import Survey, survey_data
@@ -38,6 +38,9 @@ SURVEYED_DOCUMENTS = 20_000
 
 ACTIVATION_BYTES = 34
 """Per position, width and layer (Korthikanti et al. 2022, arXiv:2205.05198, eq. 2, without dropout and attention)."""
+
+READ_BYTES = 1e9
+"""What reading takes beside the teacher's weights: a block of logits, and what they are made from."""
 
 TRAINED_WEIGHT_BYTES = 16
 """Weight, gradient and two moments in float32."""
@@ -78,6 +81,7 @@ def print_plan(recipe: Recipe, *, measure: bool) -> None:
     estimate = estimate_run(recipe, found, survey)
     statuses = explain_run(recipe)
     if any(status.state != "done" for status in statuses):
+        check_store_room(recipe, found)
         check_disk(recipe.folder, estimate.disk_bytes - folder_bytes(recipe.folder), "this run")
     pace = None
     if measure:
@@ -141,10 +145,11 @@ def _memory_bytes(recipe: Recipe, found: Inspection) -> int:
     positions = recipe.training.rows_at_once * recipe.data.sequence_length
     layers = 2 if recipe.training.gradient_checkpointing else text.num_hidden_layers
     teacher = found.teacher_parameters * (2 if recipe.teacher.dtype == "bf16" else 4)
-    if isinstance(recipe.signals, StoredSignals):
-        teacher = 0  # it has spoken before
     activations = ACTIVATION_BYTES * positions * text.hidden_size * layers
-    return int(TRAINED_WEIGHT_BYTES * found.student_parameters + teacher + activations)
+    training = TRAINED_WEIGHT_BYTES * found.student_parameters + activations
+    # A teacher who has spoken before is not held in the training, but it is where it speaks and where it is evaluated.
+    stored = isinstance(recipe.signals, StoredSignals)
+    return int(max(training, teacher + READ_BYTES) if stored else training + teacher)
 
 
 def _size_rows(recipe: Recipe, found: Estimate) -> Iterator[tuple[str, str, str]]:
@@ -159,12 +164,26 @@ def _size_rows(recipe: Recipe, found: Estimate) -> Iterator[tuple[str, str, str]
     arms = "student and control" if recipe.control.enabled else "student (no control: the gain stays unknown)"
     yield "arms", arms, "recipe"
     if isinstance(signals := recipe.signals, StoredSignals):
-        kept = min(found.train_tokens, found.train_rows * recipe.data.sequence_length) * signals.share
-        size = f"{found.record_bytes} bytes a position, {kept * found.record_bytes / 1e9:.2g} GB"
-        yield "signals", f"{signals.kind}, {size} at most; no teacher in training", "recipe"
+        rows_tokens = found.train_rows * recipe.data.sequence_length if found.complete else found.train_tokens
+        size = min(found.train_tokens, rows_tokens) * signals.share * found.record_bytes
+        whole = found.complete or not recipe.training.epochs
+        limit = "at most" if whole else "or more"
+        yield (
+            "signals",
+            f"{signals.kind}, {found.record_bytes} bytes a position, {_bytes(size)} {limit}; no teacher in training",
+            "recipe",
+        )
     yield "memory", f"{found.memory_bytes / 1e9:.1f} GB", "estimated"
     yield "disk", f"{found.disk_bytes / 1e9:.1f} GB at most", "estimated"
     yield "money", "0: every model runs here", "recipe"
+
+
+def _bytes(size: float) -> str:
+    """A size in the largest unit that it fills."""
+    for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size >= one:
+            return f"{size / one:.1f} {unit}"
+    return f"{size / 1e3:.1f} kB"
 
 
 def _time_rows(recipe: Recipe, found: Estimate, pace: Pace | None) -> Iterator[tuple[str, str, str]]:
@@ -173,8 +192,8 @@ def _time_rows(recipe: Recipe, found: Estimate, pace: Pace | None) -> Iterator[t
         return
     rows = found.steps * recipe.training.batch_rows
     if pace.fidelity:
-        for measure, value, _ in describe_fidelity(pace.fidelity):
-            yield f"signals: {measure}", value, "measured here"
+        for measure, value, meaning in describe_fidelity(pace.fidelity):
+            yield f"signals: {measure}", value, meaning
     minutes = {f"train {arm}": seconds * rows / 60 for arm, seconds in pace.training.items()}
     held_out = max(1, round(found.train_rows * recipe.data.splits.test))
     minutes["evaluate"] = pace.evaluation * min(held_out, recipe.evaluation.max_rows or held_out) / 60

@@ -9,11 +9,13 @@ import functools
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
+import numpy as np
 import platformdirs
+from numpy.typing import NDArray
 
 from potstill.engines import find_folder, load_tokenizer, shares_of
 from potstill.errors import RecipeError, StoreError
@@ -22,13 +24,30 @@ from potstill.pipeline.disk import hash_file
 from potstill.pipeline.places import resolve_model
 from potstill.recipes import Recipe, fingerprint
 from potstill.recipes.losses import CosineRamp, ForwardKL, LinearRamp, SoftTerm
-from potstill.recipes.schema import MixtureTeacher, StoredSignals
+from potstill.recipes.schema import MixtureTeacher, RunTeacher, StoredSignals
 from potstill.recipes.signals import HiddenSignals, TopKSignals, TruncatedSignals
-from potstill.signals import Salt, SignalSpec, Stamp, reopen_store
+from potstill.signals import (
+    Salt,
+    SignalSpec,
+    Stamp,
+    Store,
+    encoding_of,
+    has_store,
+    is_remote,
+    open_store,
+    reopen_store,
+)
+from potstill.signals.pieces import KEY_BYTES
 
 __all__ = [
+    "HEAD",
+    "PLAN",
     "cache_folder",
     "check_signals",
+    "check_store",
+    "explain_store",
+    "has_head",
+    "load_plan",
     "place_for",
     "salt_for",
     "spec_for",
@@ -36,8 +55,14 @@ __all__ = [
     "temperature_of",
 ]
 
-STRETCHES, STRETCH_BYTES = 16, 2**20
-"""Of a file of weights, so many stretches of this size, its beginning and end among them, tell it from others."""
+STRETCH_BYTES, STEP_BYTES, WHOLE_BYTES = 2**14, 2**18, 2**26
+"""Of a large file of weights, a stretch in every step tells it from others: a change over more than a step shows."""
+
+HEAD = "head.safetensors"
+"""Name of the teacher's head among the files of a store of hidden states."""
+
+PLAN = "plan.npz"
+"""What a capture is about, and what of it was missing when it began."""
 
 
 def check_signals(recipe: Recipe) -> None:
@@ -122,24 +147,67 @@ def stamp_for(recipe: Recipe, spec: SignalSpec) -> Stamp:
 
 
 def place_for(recipe: Recipe, stamp: Stamp) -> str:
-    """Where the store is: as the recipe says, or beside the run folder, named after what is in it."""
+    """Where the store is: as the recipe says, or beside the run folder, named after what is in it. Absolute."""
     signals = recipe.signals
     named = signals.store if isinstance(signals, StoredSignals) else None
-    return named or str(
-        recipe.folder.parent / "signals" / fingerprint([stamp.teacher, stamp.tokenizer, stamp.spec])[:16]
-    )
+    if named and is_remote(named):
+        return named
+    name = fingerprint([stamp.teacher, stamp.tokenizer, stamp.spec])[:16]
+    place = Path(named).expanduser() if named else recipe.folder.parent / "signals" / name
+    return str(place.absolute())
 
 
-def explain_store(facts: Mapping[str, Any]) -> str | None:
-    """Why the store is not what a capture left, by the facts that it recorded; None where it is, or is larger."""
+def check_store(recipe: Recipe, spec: SignalSpec) -> None:
+    """Refuse a store that is there and of another teacher, tokenizer or spec, where the teacher's files are here.
+
+    Raises StoreError, with both fingerprints.
+    """
+    named = recipe.signals.store if isinstance(recipe.signals, StoredSignals) else None
+    if named is None or isinstance(recipe.teacher, RunTeacher) or not has_store(named, cache_folder()):
+        return
+    places = [resolve_model(member.model, key) for key, member in build.teachers_of(recipe).items()]
+    if all(map(find_folder, places)):
+        open_store(named, stamp_for(recipe, spec), encoding_of(spec).stride, create=False, cache=cache_folder())
+
+
+def explain_store(recipe: Recipe, captured: Path, facts: Mapping[str, Any]) -> str | None:
+    """Why the store lacks what a finished capture in this folder left there for the training; None where it does not.
+
+    Raises StoreError where the store is there and cannot be read: to fill another one would be worse than to wait.
+    """
+    place, named = facts["store"], recipe.signals.store if isinstance(recipe.signals, StoredSignals) else None
+    if named and place != (named if is_remote(named) else str(Path(named).expanduser().absolute())):
+        return f"filled {place}, and signals.store is another place now; will look there"
+    if not has_store(place, cache_folder()):
+        return f"{place} is gone; will be captured again"
+    store = reopen_store(place, cache_folder())
+    keys_P16 = load_plan(captured)[0]
+    gone = len(store.missing([key.tobytes() for key in keys_P16]))
+    if gone:
+        return f"{place} has lost {gone} of the pieces since; they will be captured again"
+    headless = facts["spec"]["kind"] == "hidden" and not has_head(store)
+    return f"{place} has lost the teacher's head since; it will be written again" if headless else None
+
+
+def has_head(store: Store) -> bool:
+    """Whether the head that turns stored hidden states into logits is there, and whole."""
     try:
-        store = reopen_store(facts["store"], cache=cache_folder())
-    except StoreError as error:
-        return str(error)
-    gone = facts["stored_pieces"] - store.num_pieces
-    if gone > 0 or asdict(store.quarantined) != facts["quarantined"]:
-        return f"{store.place} has lost pieces since ({max(gone, 0)} or more); they will be captured again"
-    return None
+        return store.get_file(HEAD).is_file()
+    except StoreError:
+        return False
+
+
+def load_plan(captured: Path) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Keys uint8 [pieces, 16] of what a capture is about, and which of these were missing when it began, bool [pieces].
+
+    Both empty where there is no whole plan in that folder.
+    """
+    try:
+        with np.load(captured / PLAN) as plan:
+            keys_P16, planned_P = plan["keys"], plan["planned"]
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return np.empty((0, KEY_BYTES), np.uint8), np.empty(0, np.bool_)
+    return keys_P16, planned_P
 
 
 def cache_folder() -> Path:
@@ -200,11 +268,11 @@ def _content(folder: Path) -> list[str]:
 
 
 def _look_into(path: Path) -> str:
-    """Hash of a file's size and of some stretches of it: a hundred gigabytes are not read to know them again."""
+    """Hash of a file's size and of some of every part of it: a hundred gigabytes are not read to know them again."""
     size = path.stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     with path.open("rb") as file:
-        for part in range(STRETCHES):
-            file.seek(max(0, size - STRETCH_BYTES) * part // (STRETCHES - 1))
+        for start in range(0, size, STEP_BYTES if size > WHOLE_BYTES else STRETCH_BYTES):
+            file.seek(min(start, max(0, size - STRETCH_BYTES)))
             digest.update(file.read(STRETCH_BYTES))
     return digest.hexdigest()

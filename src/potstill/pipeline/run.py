@@ -67,8 +67,8 @@ def stage_fingerprints(recipe: Recipe) -> dict[str, str]:
     if isinstance(recipe.signals, StoredSignals):
         length = recipe.training.model_dump(include=LENGTH_KEYS)
         temperatures = [term.temperature for term in recipe.losses if isinstance(term, SoftTerm)]
-        found["capture"] = fingerprint(["capture", found["initialise"], length, temperatures, recipe.signals])
         said = [recipe.signals.model_dump(exclude=FREE_SIGNAL_KEYS)]
+        found["capture"] = fingerprint(["capture", found["initialise"], length, temperatures, *said])
     found["train"] = fingerprint(["train", found["initialise"], training, recipe.losses, *said])
     if recipe.control.enabled:
         found["control"] = fingerprint(["control", found["initialise"], training])
@@ -80,10 +80,10 @@ def stage_fingerprints(recipe: Recipe) -> dict[str, str]:
 
 def explain_run(recipe: Recipe) -> list[StageStatus]:
     """Where every stage of this recipe's run stands; touches nothing."""
-    return _explain(RunDir(recipe.folder), stage_fingerprints(recipe))
+    return _explain(recipe, RunDir(recipe.folder), stage_fingerprints(recipe))
 
 
-def _explain(run: RunDir, fingerprints: Mapping[str, str]) -> list[StageStatus]:
+def _explain(recipe: Recipe, run: RunDir, fingerprints: Mapping[str, str]) -> list[StageStatus]:
     """A capture is as good as the store that it filled; but once the student is trained, nobody needs that any more."""
     statuses = run.explain(list(fingerprints.items()))
     by_name = {status.stage: status for status in statuses}
@@ -91,7 +91,7 @@ def _explain(run: RunDir, fingerprints: Mapping[str, str]) -> list[StageStatus]:
     if capture and train and capture.state == "done" and train.state != "done":
         from potstill.pipeline.recall import explain_store
 
-        why = explain_store(run.manifest("capture").facts)
+        why = explain_store(recipe, run.folder / "capture", run.manifest("capture").facts)
         return [StageStatus("capture", "damaged", why) if why and one is capture else one for one in statuses]
     return statuses
 
@@ -116,7 +116,7 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, stopping: Stopping |
     names = list(fingerprints)
     wanted = names if until is None else names[: names.index(until) + 1]
     with open_run(recipe.folder) as run:
-        statuses = [status for status in _explain(run, fingerprints) if status.stage in wanted]
+        statuses = [status for status in _explain(recipe, run, fingerprints) if status.stage in wanted]
         due = [status.stage for status in statuses if status.state != "done"]
         # Before the assistant's run: what is wrong with this recipe should not show hours later.
         walk = _Walk(recipe, settle(recipe), run.folder, stopping or Stopping(), _stage_bytes(recipe, set(due)))
@@ -268,7 +268,9 @@ def run_part(recipe: Recipe, part: str, stopping: Stopping) -> str:
         if RunDir(recipe.folder).state(name, fingerprints[name]) != "done":
             raise RunError(f"--part: {name} is not done in {recipe.folder}. Run `potstill initialise` first, once.")
     from potstill.pipeline.capture import capture_part
+    from potstill.pipeline.inspection import inspect_recipe
 
+    inspect_recipe(recipe)
     done = capture_part(settled, inputs_of(recipe), (int(found[1]) - 1, int(found[2])), stopping)
     return f"part {part}: {done.pieces:,} pieces, {done.tokens:,} tokens in {done.seconds:.0f} s"
 
@@ -287,9 +289,12 @@ def _stage_bytes(recipe: Recipe, due: set[str]) -> Mapping[str, int]:
     """Check the recipe as far as possible without weights; then what each stage needs on the disk."""
     if due <= {"report"}:
         return {}
-    from potstill.pipeline.inspection import inspect_recipe, stage_bytes
+    from potstill.pipeline.inspection import check_store_room, inspect_recipe, stage_bytes
 
-    return stage_bytes(recipe, inspect_recipe(recipe))
+    found = inspect_recipe(recipe)
+    if "capture" in due:
+        check_store_room(recipe, found)
+    return stage_bytes(recipe, found)
 
 
 def _identify_teacher(recipe: Recipe) -> tuple[object, object]:

@@ -50,7 +50,7 @@ def verify_store(place: str | Path) -> Verified:
     damages = store.verify()
     if not damages:
         before = f"; set aside before: {_aside(store)}" if _aside(store) else ""
-        return Verified((f"{_size(store)}: every byte is as it was written{before}.",), True)
+        return Verified((f"{_size(store)}: every byte in use is as it was written{before}.",), True)
     lines = list(map(str, damages))
     try:
         if store.quarantine(damages):
@@ -94,6 +94,11 @@ def export_store(place: str | Path, path: Path) -> str:
     from pyarrow import parquet
 
     store = reopen_store(place, cache_folder())
+    if path.suffix != ".parquet" or not path.parent.is_dir():
+        raise StoreError(
+            f"signals export: {str(path)!r} cannot be written: needs a name that ends in .parquet, in a folder that is "
+            "there."
+        )
     spec = SignalSpec.from_json(store.stamp.spec_json)
     rows = 0
     with _writing(path) as part, parquet.ParquetWriter(part, _schema(spec)) as writer:

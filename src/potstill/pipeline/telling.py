@@ -189,22 +189,23 @@ def _signals(recipe: Recipe, facts: Mapping[str, Any]) -> SignalFacts:
     """What is to be told of a finished capture."""
     spec = SignalSpec.from_json(facts["spec"])
     seconds, stored = facts["capture_seconds"], max(1, facts["stored_positions"])
+    # What was put aside still lies there, and would count as if it were of use.
+    size = facts["stride"] if any(facts["quarantined"].values()) else facts["stored_bytes"] / stored
     return SignalFacts(
         kind=_kept(spec),
         store=facts["store"],
         pieces=facts["pieces"],
         positions=facts["positions"],
-        bytes=round(facts["positions"] * facts["stored_bytes"] / stored),
-        bytes_per_token=facts["stored_bytes"] / stored,
+        bytes=round(facts["positions"] * size),
+        bytes_per_token=size,
         captured=facts["captured"],
         found=facts["pieces"] - facts["captured"],
         rule=_rule(spec),
         capture_tokens_per_s=facts["read_tokens"] / seconds if facts["read_tokens"] and seconds else None,
         quarantined=facts["quarantined"]["blocks"] + facts["quarantined"]["shards"],
-        recaptured=facts["quarantined"]["pieces"],
         biased=bool(bias := _bias(recipe, spec)),
         bias=bias or UNBIASED[spec.kind],
-        fidelity=tuple(describe_fidelity(Fidelity(**facts["fidelity"]))),
+        fidelity=tuple(describe_fidelity(Fidelity(**facts["fidelity"]))) if facts["fidelity"] else (),
     )
 
 

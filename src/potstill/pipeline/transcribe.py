@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -75,6 +75,15 @@ class Captured:
     tokens: int = 0
     seconds: float = 0.0
 
+    def plus(self, other: Captured) -> Captured:
+        """Both together."""
+        return Captured(
+            self.pieces + other.pieces,
+            self.positions + other.positions,
+            self.tokens + other.tokens,
+            self.seconds + other.seconds,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Text:
@@ -115,11 +124,11 @@ def capture_rows(
     batches, so that it ends in the same bits. Stops early, with all that was read committed, when `stopping()` turns
     true. Raises StoreError where the store cannot be written.
     """
-    began, done = time.monotonic(), [Captured()]
+    began, done = time.monotonic(), Captured()
     with store.writer() as writer, ThreadPoolExecutor(1) as packer:
         for texts in texts_to_read(rows, numbers, store, salt=transcript.salt, planned=planned, part=part):
             for kept in _run_behind(packer, _jobs(transcript, store, writer, texts, stopping=stopping)):
-                done.append(kept)
+                done = done.plus(kept)
                 if meter:
                     meter.advance(kept.tokens)
             # Before the next window is compared with the store: equal pieces are read once.
@@ -127,12 +136,7 @@ def capture_rows(
             store.refresh()
             if stopping():
                 break
-    return Captured(
-        sum(one.pieces for one in done),
-        sum(one.positions for one in done),
-        sum(one.tokens for one in done),
-        time.monotonic() - began,
-    )
+    return replace(done, seconds=time.monotonic() - began)
 
 
 def piece_windows(
@@ -285,7 +289,7 @@ def _keep(
             note, stored = np.packbits(kept_n).tobytes(), int(kept_n.sum())
         if text.key in absent:
             writer.append(text.key, records_NS[start : start + stored], note)
-            done = Captured(done.pieces + 1, done.positions + stored, done.tokens + len(text))
+            done = done.plus(Captured(1, stored, len(text)))
         start, place = start + stored, place + count
     return done
 

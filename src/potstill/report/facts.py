@@ -213,9 +213,8 @@ def signal_rows(signals: SignalFacts) -> list[tuple[str, str]]:
 def _damage(signals: SignalFacts) -> str:
     if not signals.quarantined:
         return "none found"
-    blocks = "block" if signals.quarantined == 1 else "blocks"
-    pieces = "piece" if signals.recaptured == 1 else "pieces"
+    parts = "block or file" if signals.quarantined == 1 else "blocks or files"
     return (
-        f"{signals.quarantined:,} damaged {blocks} put aside, {signals.recaptured:,} {pieces} captured again; "
-        "nothing was trained on them"
+        f"{signals.quarantined:,} damaged {parts} put aside in this store since it was begun; what this run needs of "
+        "them was captured again"
     )

@@ -97,7 +97,7 @@ class SignalFacts:
     captured, found    pieces that this run asked the teacher for, and that lay there before
     rule               positions at which the teacher was asked, in words, for example "30 % at random"
     capture_tokens_per_s      tokens read by the teacher and stored; None where nothing was captured
-    quarantined, recaptured   damaged blocks put aside, and pieces captured again for that
+    quarantined        damaged blocks and files that were put aside in the store, since it was begun
     biased             whether the student learned from an estimate that is wrong on average
     bias               in words, why it is, or why it is not
     fidelity           (measure, value, meaning): stored signals against dense ones on a sample of positions
@@ -114,7 +114,6 @@ class SignalFacts:
     rule: str = "all"
     capture_tokens_per_s: float | None = None
     quarantined: int = 0
-    recaptured: int = 0
     biased: bool = False
     bias: str = ""
     fidelity: tuple[tuple[str, str, str], ...] = ()

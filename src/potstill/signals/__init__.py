@@ -6,7 +6,17 @@ from potstill.signals.reader import StoredReader
 from potstill.signals.remote import check_place, is_remote
 from potstill.signals.sparse import entropy_of
 from potstill.signals.spec import SignalSpec
-from potstill.signals.store import Damage, Records, Stamp, Store, Writer, open_store, read_stamp, reopen_store
+from potstill.signals.store import (
+    Damage,
+    Records,
+    Stamp,
+    Store,
+    Writer,
+    has_store,
+    open_store,
+    read_stamp,
+    reopen_store,
+)
 from potstill.signals.vocab import shared_vocabulary
 
 __all__ = [
@@ -24,6 +34,7 @@ __all__ = [
     "draw_uniforms",
     "encoding_of",
     "entropy_of",
+    "has_store",
     "is_remote",
     "open_store",
     "pieces_of",

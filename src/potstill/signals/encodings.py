@@ -129,7 +129,7 @@ class _Dense:
     def select(self, said_nX: Tensor, _uniforms_nU: Tensor) -> tuple[Tensor, ...]:
         _check_vocabulary(said_nX, self.spec)
         check_rows(said_nX.amax(-1).isfinite())
-        return (said_nX.float(),)
+        return (said_nX.to(torch.float32, copy=True),)
 
     def pack(self, selected: tuple[Tensor, ...]) -> Bytes:
         return _bytes(selected[0])

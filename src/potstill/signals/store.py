@@ -30,7 +30,18 @@ from potstill.signals.shard import Damage, Shard, block_span, check_blocks, stil
 from potstill.signals.stamp import Manifest, Stamp, check_manifest, parse_manifest, sealed
 from potstill.signals.writer import SECONDS, SHARD_BYTES, Writer
 
-__all__ = ["Damage", "Quarantined", "Records", "Stamp", "Store", "Writer", "open_store", "read_stamp", "reopen_store"]
+__all__ = [
+    "Damage",
+    "Quarantined",
+    "Records",
+    "Stamp",
+    "Store",
+    "Writer",
+    "has_store",
+    "open_store",
+    "read_stamp",
+    "reopen_store",
+]
 
 MAPPED = 256
 """Shards that are mapped at a time: each holds a file descriptor, of which a process may often have 1,024."""
@@ -103,6 +114,11 @@ def reopen_store(place: str | Path, cache: Path | None = None) -> Store:
     """The store at `place`, whosever words it keeps. Raises StoreError where there is none, MissingExtra."""
     there = place_at(place, cache)
     return Store(there, _parse(there.read(MANIFEST), there.name))
+
+
+def has_store(place: str | Path, cache: Path | None = None) -> bool:
+    """Whether there is a store at `place`, whole or not. Raises StoreError where that cannot be known, MissingExtra."""
+    return place_at(place, cache).read(MANIFEST) is not None
 
 
 def read_stamp(place: str | Path, cache: Path | None = None) -> Stamp:

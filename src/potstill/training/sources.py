@@ -28,9 +28,9 @@ class Rows(Protocol):
         ...
 
 
-def first_rows(rows: int, seed: int, count: int) -> list[int]:
+def first_rows(rows: int, seed: int, count: int) -> Sequence[int]:
     """Ascending numbers of the rows, of so many, that a RowSource of this seed draws among its first `count`."""
-    return list(range(rows)) if count >= rows else sorted(_order(rows, seed, 0)[:count].tolist())
+    return range(rows) if count >= rows else sorted(_order(rows, seed, 0)[:count].tolist())
 
 
 class RowSource:
