@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from potstill.data import PackedRows
 from potstill.errors import Interrupted, RecipeError, RunError, StoreError
-from potstill.pipeline import build, capture, transcribe
+from potstill.pipeline import build, capture, disk, inspection, recall, transcribe
 from potstill.pipeline.run import STAGES, explain_run, run_part, run_recipe, stage_fingerprints
 from potstill.pipeline.rundir import RunDir
 from potstill.pipeline.stopping import Stopping
@@ -424,6 +424,83 @@ def test_a_deleted_store_is_filled_again_while_it_is_needed(load, tmp_path, monk
     no_teacher(monkeypatch)
     run_recipe(recipe, until="train")
     assert [status.state for status in explain_run(recipe)][:4] == ["done"] * 4
+
+
+@pytest.mark.parametrize("damage", ["flipped", "gone"])
+def test_a_lost_head_of_hidden_states_is_written_again(load, damage):
+    recipe = load(HIDDEN)
+    run_recipe(recipe, until="capture")
+    (head,) = (Path(facts(recipe)["store"]) / "files").iterdir()
+    raw = bytearray(head.read_bytes())
+    raw[-1] ^= 1
+    head.write_bytes(raw) if damage == "flipped" else head.unlink()
+    run_recipe(recipe, until="train")
+    assert [status.state for status in explain_run(recipe) if status.stage == "train"] == ["done"]
+
+
+@pytest.mark.parametrize("name", [recall.PLAN, capture.HELD_OUT_LESSONS])
+@pytest.mark.parametrize("raw", [b"", b"PK\x03\x04"])
+def test_a_torn_file_of_an_interrupted_capture_is_written_again(load, name, raw):
+    recipe = load(SAMPLED)
+    run_recipe(recipe, until="capture")
+    folder = recipe.folder / "capture"
+    (folder / "manifest.json").unlink()
+    (folder / name).write_bytes(raw)
+    run_recipe(recipe, until="train")
+    assert facts(recipe)["captured"] > 0 or name == recall.PLAN
+
+
+def test_a_store_that_another_run_made_larger_may_not_lose_what_this_one_needs(load, tmp_path):
+    recipe = load(SAMPLED)
+    run_recipe(recipe, until="capture")
+    ours = set((Path(facts(recipe)["store"]) / "shards").iterdir())
+    run_recipe(load(SAMPLED, "training.steps=30", f"run_dir={tmp_path / 'larger'}"), until="capture")
+    for shard in ours:
+        shard.unlink()
+    run_recipe(recipe, until="train")
+    assert facts(recipe)["captured"] > 0
+
+
+def test_a_store_that_cannot_be_read_costs_no_finished_capture(load):
+    recipe = load(SAMPLED)
+    run_recipe(recipe, until="capture")
+    manifest = Path(facts(recipe)["store"]) / "store.json"
+    whole = manifest.read_bytes()
+    manifest.write_bytes(whole[:-2])
+    with pytest.raises(StoreError, match=r"store\.json is damaged"):
+        run_recipe(recipe, until="train")
+    manifest.write_bytes(whole)
+    assert [status.state for status in explain_run(recipe) if status.stage == "capture"] == ["done"]
+
+
+def test_a_part_that_was_stopped_says_so(load):
+    recipe = load(SAMPLED)
+    run_recipe(recipe, until="initialise")
+    stopping = Stopping()
+    stopping._asked = True
+    with pytest.raises(Interrupted, match=r"of this part, \d+ are left"):
+        run_part(recipe, "1/1", stopping)
+
+
+def test_a_part_of_losses_that_the_store_cannot_teach_is_refused(load):
+    recipe = load(SAMPLED, "losses=[{kind: reverse_kl}]")
+    run_recipe(load(SAMPLED), until="initialise")
+    with pytest.raises(RecipeError, match=r"reverse_kl has no unbiased form"):
+        run_part(recipe, "1/1", Stopping())
+
+
+def test_a_full_store_is_not_asked_room_for_again(load, tmp_path, monkeypatch):
+    recipe = load(SAMPLED)
+    run_recipe(recipe, until="capture")
+    size = disk.folder_bytes(Path(facts(recipe)["store"]))
+    again = load(SAMPLED, f"run_dir={recipe.folder.parent / 'again'}")
+    found = inspection.inspect_recipe(again)
+    no_room(monkeypatch, 1)
+    monkeypatch.setattr(inspection, "folder_bytes", lambda _: 10 * size)
+    inspection.check_store_room(again, found)
+    monkeypatch.setattr(inspection, "folder_bytes", lambda _: 0)
+    with pytest.raises(RunError, match=r"^signals\.store: .* GB free"):
+        inspection.check_store_room(again, found)
 
 
 def test_a_store_of_another_teacher_is_refused_with_both_fingerprints(load, tmp_path):

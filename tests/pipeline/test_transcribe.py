@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 from potstill.engines import LocalEngine, load_model, load_tokenizer
 from potstill.errors import StoreError
+from potstill.losses import blocks
 from potstill.pipeline import transcribe
 from potstill.pipeline.transcribe import Captured, Transcript, capture_rows, texts_to_read
 from potstill.recipes.signals import AllPositions, HighestEntropyPositions, RandomPositions
@@ -129,6 +130,16 @@ def test_windows_change_no_bit_and_texts_are_read_once(tmp_path, monkeypatch):
     assert sum(teacher.texts) == len(distinct) == done.pieces == again.pieces
     assert (done.positions, done.tokens) == (again.positions, again.tokens)
     assert done.tokens == sum(map(len, distinct))
+
+
+@pytest.mark.parametrize("kind", sorted(SPECS))
+def test_blocks_of_logits_change_no_bit(tmp_path, kind, monkeypatch):
+    """One buffer serves all blocks: what is kept of one must not be a view into it."""
+    rows = packed(make_documents())
+    expected, _ = transcribed(tmp_path / "a", SPECS[kind], rows)
+    monkeypatch.setattr(blocks, "READ_BYTES", {"cpu": 3 * 4 * V})
+    found, _ = transcribed(tmp_path / "b", SPECS[kind], rows)
+    assert found == expected
 
 
 def test_hidden_states_are_stored_bit_for_bit(tmp_path):

@@ -203,7 +203,7 @@ def load_plan(captured: Path) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     Both empty where there is no whole plan in that folder.
     """
     try:
-        with np.load(captured / PLAN) as plan:
+        with (captured / PLAN).open("rb") as file, np.load(file) as plan:
             keys_P16, planned_P = plan["keys"], plan["planned"]
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return np.empty((0, KEY_BYTES), np.uint8), np.empty(0, np.bool_)
