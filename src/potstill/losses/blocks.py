@@ -22,7 +22,7 @@ __all__ = ["blocks", "logit_blocks", "most_rows", "tiles"]
 CHUNK_BYTES = {"cpu": 50 << 20, "cuda": 512 << 20}
 """Size of one block of logits. On a CPU small blocks stay near the cores; a GPU wants large products."""
 
-READ_BYTES = {"cpu": 200 << 20, "cuda": 512 << 20}
+READ_BYTES = {"cpu": 400 << 20, "cuda": 512 << 20}
 """The same where logits are only read: fewer blocks, so that a bfloat16 head is widened less often."""
 
 TILE_ROWS = 4
