@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from potstill.errors import MissingExtra, RecipeError, StoreError
-from potstill.pipeline import build
+from potstill.pipeline import build, recall
 from potstill.pipeline.inspection import inspect_recipe
 from potstill.pipeline.recall import (
     PLAN,
@@ -294,3 +294,14 @@ def test_a_store_that_cannot_be_read_is_no_store_that_is_gone(load, left):
 def test_a_plan_that_is_not_whole_is_none(tmp_path, content):
     (tmp_path / PLAN).write_bytes(content)
     assert [len(part) for part in load_plan(tmp_path)] == [0, 0]
+
+
+def test_a_change_of_a_step_of_a_large_file_is_another_teacher(tmp_path, monkeypatch):
+    monkeypatch.setattr(recall, "WHOLE_BYTES", 0)
+    path, step = tmp_path / "model.safetensors", recall.STEP_BYTES
+    whole = bytes(5 * step + 17)
+    path.write_bytes(whole)
+    before = recall._look_into(path)
+    for start in (0, step // 2, 3 * step + 5, len(whole) - step):
+        path.write_bytes(whole[:start] + b"\x01" * step + whole[start + step :])
+        assert recall._look_into(path) != before
