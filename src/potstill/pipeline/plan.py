@@ -111,9 +111,9 @@ def estimate_run(recipe: Recipe, found: Inspection, survey: Survey) -> Estimate:
     """Sizes from the configs, tokens from some of the documents."""
     lengths = [len(encoded.ids) for encoded in encode_examples(survey.sampled, found.tokenizer)]
     mean = sum(lengths) / max(1, len(survey.sampled))
-    train_tokens = mean * survey.documents["train"]
-    share = min(1.0, (recipe.data.max_tokens or math.inf) / max(1.0, train_tokens))
-    train_rows = max(1, round(share * train_tokens / recipe.data.sequence_length))
+    there = mean * survey.documents["train"]
+    share = min(1.0, (recipe.data.max_tokens or math.inf) / max(1.0, there))
+    train_rows = max(1, round(share * there / recipe.data.sequence_length))
     steps = build.count_steps(recipe, train_rows)
     train_tokens = steps * recipe.training.batch_rows * recipe.data.sequence_length
     asked = any(term.needs for term in recipe.losses)

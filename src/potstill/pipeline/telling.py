@@ -91,7 +91,11 @@ def tell(recipe: Recipe, folder: Path) -> Story:
         data=_data(recipe, manifests["prepare"].facts, manifests["prepare"].fingerprint),
         versions=manifests["evaluate"].versions,
         machine=_machine(),
-        notes=(*_teacher_notes(recipe), *_notes(manifests["prepare"].facts, manifests["initialise"].facts)),
+        notes=(
+            *_teacher_notes(recipe),
+            *_notes(manifests["prepare"].facts, manifests["initialise"].facts),
+            *(_signal_notes(manifests["capture"].facts) if "capture" in manifests else ()),
+        ),
         base_model=_base_model(recipe),
         reliability={arm: tuple(ReliabilityPoint(**point) for point in points) for arm, points in sure.items()},
         signals=_signals(recipe, manifests["capture"].facts) if "capture" in manifests else None,
@@ -207,6 +211,12 @@ def _signals(recipe: Recipe, facts: Mapping[str, Any]) -> SignalFacts:
         bias=bias or UNBIASED[spec.kind],
         fidelity=tuple(describe_fidelity(Fidelity(**facts["fidelity"]))) if facts["fidelity"] else (),
     )
+
+
+def _signal_notes(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    if facts["fidelity"] is not None:
+        return ()
+    return ("how true the stored signals are was not measured: four copies of the student's head would exceed 4 GB",)
 
 
 def _kept(spec: SignalSpec) -> str:

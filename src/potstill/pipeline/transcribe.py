@@ -68,7 +68,7 @@ class Transcript:
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """What a capture did, or found done: pieces; positions that were stored; tokens that were read, without padding."""
+    """What a capture did: pieces; positions that were stored; tokens that were read, without padding."""
 
     pieces: int = 0
     positions: int = 0

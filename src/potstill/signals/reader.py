@@ -5,6 +5,7 @@ Refuses a batch of which the store has nothing: silence would train on noise.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from potstill.errors import StoreError
 from potstill.signals.encodings import Encoding
-from potstill.signals.pieces import Salt, pieces_of
+from potstill.signals.pieces import Piece, Salt, pieces_of
 from potstill.signals.store import Records, Store
 from potstill.types import Batch, Signal, Wants
 
@@ -30,11 +31,12 @@ class StoredReader:
 
     def mark(self, batch: Batch) -> Batch:
         """The batch with the positions at which the teacher speaks, where these are not all. Raises StoreError."""
-        notes = self._records(batch).notes
+        pieces = pieces_of(batch, self._salt)
+        notes = self._records(pieces).notes
         if not any(notes):
             return batch
         taught_BT = torch.zeros_like(batch.supervised_BT)
-        taught_BT[batch.supervised_BT] = self._taught(batch, notes).to(batch.ids_BT.device)
+        taught_BT[batch.supervised_BT] = _taught(batch, pieces, notes).to(batch.ids_BT.device)
         return replace(batch, taught_BT=taught_BT)
 
     def read(self, batch: Batch, wants: Wants) -> Signal:
@@ -46,10 +48,9 @@ class StoredReader:
             raise ValueError(f"layers {wants.layers} are not in a store of signals: ask the teacher itself.")
         if not wants.final:
             return Signal()
-        return Signal(self._encoding.unpack(self._records(batch).records_NS, self._temperature))
+        return Signal(self._encoding.unpack(self._records(pieces_of(batch, self._salt)).records_NS, self._temperature))
 
-    def _records(self, batch: Batch) -> Records:
-        pieces = pieces_of(batch, self._salt)
+    def _records(self, pieces: Sequence[Piece]) -> Records:
         absent = self._store.missing([piece.key for piece in pieces])
         if absent:
             raise StoreError(
@@ -58,11 +59,12 @@ class StoredReader:
             )
         return self._store.read([piece.key for piece in pieces])
 
-    def _taught(self, batch: Batch, notes: tuple[bytes, ...]) -> Tensor:
-        """Which supervised positions are stored, bool [N]: a piece's note is a bitmap of its own; none means all."""
-        found = []
-        for piece, note in zip(pieces_of(batch, self._salt), notes, strict=True):
-            count = int(batch.supervised_BT[piece.row, piece.start : piece.stop].sum())
-            bits = np.unpackbits(np.frombuffer(note, np.uint8), count=count) if note else np.ones(count, np.uint8)
-            found.append(torch.from_numpy(bits.astype(bool)))
-        return torch.cat(found)
+
+def _taught(batch: Batch, pieces: Sequence[Piece], notes: Sequence[bytes]) -> Tensor:
+    """Which supervised positions are stored, bool [N]: a piece's note is a bitmap of its own; none means all."""
+    found = []
+    for piece, note in zip(pieces, notes, strict=True):
+        count = int(batch.supervised_BT[piece.row, piece.start : piece.stop].sum())
+        bits = np.unpackbits(np.frombuffer(note, np.uint8), count=count) if note else np.ones(count, np.uint8)
+        found.append(torch.from_numpy(bits.astype(bool)))
+    return torch.cat(found)
