@@ -4,15 +4,18 @@
 #   make check                      format, lint, types, doors, the rules of the house
 #   make test                       all tests but the slow ones and those that need a GPU
 #   make test-slow                  kills, compiled runs, several processes: some minutes
-#   make bench                      all benchmarks; bench-loss, bench-store: the losses or the store of signals only
+#   make bench                      all benchmarks; bench-loss, bench-store: the losses or the store of signals only;
+#                                   bench-intent: encoders and tasks (DATA=data_full.json: a copy of CLINC150)
 #   make PYTHON=python3.12 test     choose the interpreter of a new .venv
 
 PYTHON ?=
 export PYTHON
 BIN := .venv/bin
+DATA ?=
+CLINC150 := $(if $(DATA),--data $(DATA))
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow test-gpu check bench bench-loss bench-store clean setup .venv
+.PHONY: demo test test-slow test-gpu check bench bench-loss bench-store bench-intent clean setup .venv
 
 demo: setup
 	$(BIN)/potstill run recipes/quickstart.yaml
@@ -33,7 +36,7 @@ check: setup
 	$(BIN)/lint-imports
 	$(PYTEST) tests/test_house.py tests/test_docs.py
 
-bench: bench-loss bench-store
+bench: bench-loss bench-store bench-intent
 	$(BIN)/python bench/step.py --json runs/bench/step.json
 	$(BIN)/python bench/quickstart.py --json runs/bench/quickstart.json
 
@@ -47,6 +50,14 @@ bench-store: setup
 	$(BIN)/python bench/store.py --json runs/bench/store.json
 	$(BIN)/python bench/step.py --offline --json runs/bench/offline.json
 	$(BIN)/python bench/gain.py --json runs/bench/gain.json
+
+# The runs of intent.py and distilbert.py stay in runs/bench too.
+bench-intent: setup
+	mkdir -p runs/bench
+	$(BIN)/python bench/intent.py --json runs/bench/intent.json $(CLINC150)
+	$(BIN)/python bench/intent.py --fewlabel --json runs/bench/fewlabel.json $(CLINC150)
+	$(BIN)/python bench/intent.py --peer --json runs/bench/intent-peer.json $(CLINC150)
+	$(BIN)/python bench/distilbert.py --json runs/bench/distilbert.json
 
 setup .venv:
 	@scripts/setup.sh

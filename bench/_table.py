@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Row", "describe_machine", "describe_versions", "print_rows", "rounds_row", "write_rows"]
+__all__ = ["Row", "describe_machine", "describe_versions", "print_rows", "rounds_row", "seeds_row", "write_rows"]
 
 PACKAGES = ("potstill", "torch", "transformers", "accelerate")
 
@@ -51,6 +51,23 @@ BARS: dict[str, tuple[str, float]] = {
     "loss.memory_vs_liger": ("<=", 1.0),
     "loss.grad_error": ("<=", 0.005),
     "loss.grad_error_vs_liger": ("<=", 0.1),
+    "intent.teacher_accuracy": (">=", 0.960),
+    "intent.retention": (">=", 0.98),
+    "intent.throughput_vs_teacher": (">=", 2.5),
+    "intent.latency_vs_teacher": ("<=", 0.5),
+    "intent.static_retention": (">=", 0.93),
+    "intent.static_throughput_vs_teacher": (">=", 50.0),
+    "intent.minutes": ("<=", 12.0),
+    "intent.fewlabel_gain": (">=", 0.04),
+    "intent.fewlabel_gain_low": (">", 0.0),
+    "intent.time_vs_peer": ("<=", 1.0),
+    "intent.quality_vs_peer": (">=", 1.0),
+    "distilbert.nll_above_full.no_kd": (">", 0.0),
+    "distilbert.nll_above_full.no_cosine": (">", 0.0),
+    "distilbert.nll_above_full.random_start": (">", 0.0),
+    "distilbert.probe_below_full.no_kd": (">", 0.0),
+    "distilbert.probe_below_full.no_cosine": (">", 0.0),
+    "distilbert.probe_below_full.random_start": (">", 0.0),
 }
 """What is to be reached on 2 cores with bf16 units and 24 GiB of memory."""
 
@@ -60,6 +77,10 @@ HOLDS: dict[str, Callable[[float, float], bool]] = {
     ">": lambda value, bar: value > bar,
     ">=": lambda value, bar: value >= bar,
 }
+
+
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""0.975 quantiles of Student's t with 1 to 9 degrees of freedom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +98,20 @@ class Row:
 def rounds_row(name: str, values: Sequence[float], unit: str) -> Row:
     """The median of repeated measurements with their range."""
     return Row(name, statistics.median(values), unit, min(values), max(values), len(values))
+
+
+def seeds_row(name: str, values: Sequence[float], unit: str) -> Row:
+    """The mean over at most 10 seeds with its 95 % t-interval, which one seed does not have.
+
+    Student (1908), doi:10.2307/2331554. Raises ValueError for no seed, or for more.
+    """
+    if not 1 <= len(values) <= len(T_975) + 1:
+        raise ValueError(f"{name}: got {len(values)} seeds, needs 1 to {len(T_975) + 1}")
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return Row(name, mean, unit)
+    half = T_975[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
+    return Row(name, mean, unit, mean - half, mean + half, len(values))
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:

@@ -109,9 +109,11 @@ def _stage_command(name: str, about: str) -> Callable[..., None]:
 
 for _name, _about in {
     "prepare": "Turn the data into packed token rows (and nothing more).",
+    "finetune": "Train the teacher first, where the recipe says so (and all before it).",
     "initialise": "Make the student's first weights (and all before it).",
     "train": "Train the student (and all before it).",
     "control": "Train the control arm (and all before it).",
+    "static": "Train the static classifier, where the recipe has one (and all before it).",
     "evaluate": "Measure all arms (and all before it).",
     "report": "Write the report (and all before it).",
 }.items():
@@ -266,6 +268,8 @@ def _quiet_libraries() -> None:
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("skeletoken").setLevel(logging.ERROR)
 
 
 def _say(text: str, code: int) -> None:

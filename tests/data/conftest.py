@@ -54,3 +54,31 @@ def make_tokenizer(backend: Tokenizer) -> MakeTokenizer:
         return tokenizer
 
     return make
+
+
+WORDS = [
+    *("the", "red", "fox", "owl", "hare", "counts", "one", "two", "three"),
+    *("do", "you", "like", "?", "play", "ing", "##ing", "##s"),
+]
+
+
+@pytest.fixture(scope="session")
+def bert_tokenizer() -> PreTrainedTokenizerFast:
+    """Word pieces as a BERT has them: [CLS] text [SEP], or [CLS] text [SEP] pair [SEP] with token types."""
+    from tokenizers import normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: number for number, word in enumerate([*specials, *WORDS])}
+    own = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    own.normalizer = normalizers.BertNormalizer()
+    own.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    own.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    named = {f"{name[1:-1].lower()}_token": name for name in specials}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=own, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **named
+    )

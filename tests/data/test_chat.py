@@ -303,3 +303,23 @@ def test_every_real_template_learns_every_answer_and_no_question_or_is_refused(t
         said = "|".join(run for encoded in encodings for run in learned(encoded, tokenizer))
         assert said.count("AA one") == said.count("AA two") == 1, name
         assert "UQ" not in said, name
+
+
+def test_bare_text_gets_no_special_token_and_every_token_is_learned(bert_tokenizer):
+    lines = ["the red fox", "one [SEP] two", ""]
+    encoded = list(
+        encode_examples([Example(str(n), text=line) for n, line in enumerate(lines)], bert_tokenizer, bare=True)
+    )
+    specials = {bert_tokenizer.cls_token_id, bert_tokenizer.sep_token_id}
+    assert encoded[0].ids == bert_tokenizer("the red fox")["input_ids"][1:-1]
+    assert not any(specials & set(page.ids) for page in encoded)
+    assert [page.learn for page in encoded] == [[True] * len(page.ids) for page in encoded]
+    assert encoded[2].ids == []
+
+
+def test_bare_conversations_are_refused(bert_tokenizer):
+    examples = [Example("1", text="a"), Example("chat-7", messages=({"role": "user", "content": "a"},))]
+    with pytest.raises(
+        DataError, match=r"^data\.messages: chat-7 is a conversation, and task\.kind=masked_lm reads plain"
+    ):
+        list(encode_examples(examples, bert_tokenizer, bare=True))

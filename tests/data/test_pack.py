@@ -346,3 +346,38 @@ def test_every_segment_knows_the_source_of_its_document(tmp_path):
     assert told == {document.id: document.source for document in documents}
     assert batch.rows(1, 3).sources == batch.sources[1:3]
     assert rows.sources() == {"file-0.jsonl", "file-1.jsonl", "file-2.jsonl"}
+
+
+FRAME = (PAD + 1, PAD + 2)
+
+
+@given(corpora(), st.integers(3, 24), st.integers(0, 3))
+def test_framed_pieces_lose_no_token_and_nothing_is_shifted(documents, length, seed):
+    whole = [replace(document, learn=[True] * len(document.ids)) for document in documents]
+    tokens = {token: document.id for document in whole for token in document.ids}
+    if not tokens:
+        return
+    with TemporaryDirectory() as name:
+        write_rows(whole, Path(name), sequence_length=length, pad_id=PAD, seed=seed, frame=FRAME)
+        rows = PackedRows(Path(name))
+        batch = rows.batch(range(len(rows)))
+    assert sorted(batch.targets_N.tolist()) == sorted(tokens)
+    assert torch.equal(batch.targets_N, batch.ids_BT[batch.supervised_BT])
+    for row, names in enumerate(batch.examples):
+        for segment, document in enumerate(names, start=1):
+            here = batch.segments_BT[row] == segment
+            first, *body, last = batch.ids_BT[row][here].tolist()
+            assert (first, last) == FRAME
+            assert body == list(range(body[0], body[0] + len(body)))
+            assert {tokens[token] for token in body} == {document}
+            assert len(body) <= length - 2
+    assert (batch.ids_BT[batch.segments_BT == 0] == PAD).all()
+
+
+def test_a_framed_piece_keeps_its_end_where_nothing_is_learned(tmp_path):
+    document = Encoded("1", [5, 6, 7], [True, False, False])
+    stats = write_rows([document], tmp_path, sequence_length=8, pad_id=0, frame=(1, 2))
+    batch = PackedRows(tmp_path).batch([0])
+    assert batch.ids_BT.tolist() == [[1, 5, 6, 7, 2, 0, 0, 0]]
+    assert batch.targets_BT.tolist() == [[IGNORE, 5, *[IGNORE] * 6]]
+    assert (stats.tokens, stats.supervised) == (5, 1)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from potstill.data import split_of
+from potstill.data.split import split_named
 from potstill.errors import DataError
 from potstill.types import Example
 
@@ -56,3 +57,21 @@ def test_shares_are_kept_and_the_seed_matters():
 def test_shares_that_leave_nothing_are_refused(validation, test):
     with pytest.raises(DataError, match=r"data\.splits: "):
         split_of(Example(id="x", text="x"), seed=0, validation=validation, test=test)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        *(("train", "train"), ("Training", "train"), ("train-00000-of-00001", "train"), ("unsupervised", "train")),
+        *(
+            ("val", "validation"),
+            ("oos_val", "validation"),
+            ("dev", "validation"),
+            ("validation_matched", "validation"),
+        ),
+        *(("test", "test"), ("is_test", "test"), ("TEST.2", "test")),
+        *(("other", None), ("train_test", None), ("contest", None), ("", None), ("trainer", None)),
+    ],
+)
+def test_a_name_means_a_split_by_one_of_its_words(name, split):
+    assert split_named(name) == split

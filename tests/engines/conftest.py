@@ -1,4 +1,4 @@
-"""One tiny random model of every family that reads, masks or finishes its logits in a way of its own."""
+"""One tiny random model of every family that reads, masks or finishes its logits in a way of its own; and batches."""
 
 from __future__ import annotations
 
@@ -8,19 +8,29 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
     CohereConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    ModernBertConfig,
     PhiConfig,
     Qwen2Config,
     Qwen3Config,
+    RobertaConfig,
 )
 
-from potstill.types import IGNORE, Batch
+from potstill.types import IGNORE, Batch, Role
 
 VOCABULARY = 96
 SIZES: dict[str, Any] = {
@@ -59,7 +69,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 
 
-def build(family: str) -> Any:
+def build_causal(family: str) -> Any:
     """A model of this family with random float32 weights, biases included."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -72,12 +82,12 @@ def build(family: str) -> Any:
 
 @pytest.fixture(params=sorted(FAMILIES))
 def model(request: pytest.FixtureRequest) -> Any:
-    return build(request.param)
+    return build_causal(request.param)
 
 
 @pytest.fixture
 def llama() -> Any:
-    return build("llama")
+    return build_causal("llama")
 
 
 @pytest.fixture
@@ -108,3 +118,79 @@ def alone(packed: Batch) -> list[tuple[tuple[int, slice], Batch]]:
         ids, targets = packed.ids_BT[row : row + 1, places], packed.targets_BT[row : row + 1, places]
         parts.append(((row, places), Batch(ids, targets, torch.ones_like(ids))))
     return parts
+
+
+BERT_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+
+ENCODERS: dict[str, Callable[[], Any]] = {
+    "bert": lambda: BertConfig(**BERT_SIZES),
+    "distilbert": lambda: DistilBertConfig(
+        vocab_size=VOCABULARY, dim=32, hidden_dim=48, n_layers=3, n_heads=4, max_position_embeddings=40, pad_token_id=0
+    ),
+    "debertav2": lambda: DebertaV2Config(
+        **BERT_SIZES, relative_attention=True, position_buckets=8, pos_att_type=["p2c", "c2p"]
+    ),
+    "roberta": lambda: RobertaConfig(**{**BERT_SIZES, "pad_token_id": 1}),
+    "electra": lambda: ElectraConfig(**BERT_SIZES, embedding_size=16),
+    "modernbert": lambda: ModernBertConfig(
+        **BERT_SIZES, local_attention=4, global_attn_every_n_layers=2, bos_token_id=1, eos_token_id=2,
+        cls_token_id=1, sep_token_id=2,
+    ),
+}  # fmt: skip
+
+
+CLASSES = {
+    Role.CAUSAL: AutoModelForCausalLM,
+    Role.MASKED: AutoModelForMaskedLM,
+    Role.CLASSIFIER: AutoModelForSequenceClassification,
+    Role.TOKEN_CLASSIFIER: AutoModelForTokenClassification,
+    Role.ENCODER: AutoModel,
+}
+
+
+def build_for(family: str, role: Role, *, eager: bool = False, seed: int = 1, **changes: Any) -> Any:
+    """A random float32 model of this family for this role; norms and biases are not the usual ones and zeros."""
+    config = (ENCODERS | FAMILIES)[family]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    attention = {"attn_implementation": "eager"} if eager else {}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = CLASSES[role].from_config(config, dtype=torch.float32, **attention)
+        for parameter in model.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def build() -> Callable[..., Any]:
+    """`build_for`: what makes a model of a family for a role."""
+    return build_for
+
+
+@pytest.fixture(params=sorted(set(ENCODERS) - {"debertav2"}))
+def encoder(request: pytest.FixtureRequest) -> str:
+    """The name of a family of encoders that attends as most do."""
+    return str(request.param)
+
+
+@pytest.fixture
+def texts() -> Batch:
+    """Three texts of 9, 5 and 1 tokens, padded with tokens that mean something; all but the second are labelled."""
+    ids_BT = torch.randint(3, VOCABULARY, (3, 9))
+    segments_BT = (torch.arange(9) < torch.tensor([[9], [5], [1]])).long()
+    targets_BT = torch.full((3, 9), IGNORE)
+    targets_BT[:, 0] = torch.tensor([1, IGNORE, 0])
+    taught_BT = torch.zeros(3, 9, dtype=torch.bool)
+    taught_BT[:, 0] = True
+    names = (("a",), ("b",), ("c",))
+    return Batch(ids_BT, targets_BT, segments_BT, names, names, taught_BT, keys=(b"a" * 16, b"b" * 16, b"c" * 16))

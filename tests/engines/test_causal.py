@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -26,10 +28,12 @@ def dense_logits(hidden_BTD, head):
 def test_a_packed_document_is_read_as_if_it_were_alone(model, packed, alone):
     depth = model.config.num_hidden_layers
     layers = (0, 1, depth)
-    final_BTD, hidden = read_causal(model, packed, layers)
+    final_BTD, insides = read_causal(model, packed, Wants(layers=layers))
+    hidden = insides.hidden
     assert set(hidden) == set(layers)
     for (row, places), batch in alone:
-        alone_BTD, alone_hidden = read_causal(model, batch, layers)
+        alone_BTD, alone_insides = read_causal(model, batch, Wants(layers=layers))
+        alone_hidden = alone_insides.hidden
         assert_close(final_BTD[row, places], alone_BTD[0], rtol=1e-4, atol=2e-5)
         for layer in layers:
             assert_close(hidden[layer][row, places], alone_hidden[layer][0], rtol=1e-4, atol=2e-5)
@@ -135,14 +139,14 @@ def test_a_vocabulary_of_four_can_be_probed():
 
 def test_a_reader_gathers_supervised_rows_in_batch_order_and_slices_a_padded_head(model, packed):
     with torch.no_grad():
-        final_BTD, hidden = read_causal(model, packed, (2,))
+        final_BTD, insides = read_causal(model, packed, Wants(layers=(2,)))
     signal = CausalReader(model, 90).read(packed, Wants(final=True, layers=(2,)))
     expected_ND = torch.stack([final_BTD[b, t] for b in range(2) for t in range(16) if packed.supervised_BT[b, t]])
     assert_close(signal.logits.rows_ND, expected_ND)
     assert signal.logits.head.vocabulary == 90
     assert_close(signal.logits.head.weight_VD, head_of(model).weight_VD[:90])
     assert signal.logits.head.bias_V is None or len(signal.logits.head.bias_V) == 90
-    assert_close(signal.hidden[2], hidden[2])
+    assert_close(signal.hidden[2], insides.hidden[2])
 
 
 def test_a_reader_learns_nothing(llama, packed):
@@ -160,13 +164,31 @@ def test_a_reader_gives_only_what_is_wanted(llama, packed):
     assert list(signal.hidden) == [1]
 
 
+def test_the_student_answers_wherever_anybody_speaks_and_the_teacher_where_it_is_to(llama, packed):
+    taught_BT = torch.zeros_like(packed.supervised_BT)
+    taught_BT[0, :6] = True
+    taught = replace(packed, taught_BT=taught_BT)
+    with torch.no_grad():
+        final_BTD = read_causal(llama, packed)[0]
+    view = TrainableCausal(llama, "fp32")(taught)
+    signal = CausalReader(llama, 96).read(taught, Wants(final=True))
+    assert_close(view.final_ND.detach(), final_BTD[packed.supervised_BT | taught_BT])
+    assert_close(signal.logits.rows_ND, final_BTD[0, :6])
+    assert_close(view.final_ND.detach()[taught.taught_N], signal.logits.rows_ND)
+
+
+def test_a_causal_model_has_no_vector_for_a_text(llama, packed):
+    with pytest.raises(ModelError, match="has no vector for a text"):
+        read_causal(llama, packed, Wants(pooled=True))
+
+
 def test_a_batch_without_targets_gives_no_rows(llama, packed):
     silent = Batch(packed.ids_BT, torch.full_like(packed.targets_BT, -100), packed.segments_BT)
     assert CausalReader(llama, 96).read(silent, Wants(final=True)).logits.rows_ND.shape == (0, 32)
 
 
 def test_a_trainable_model_shows_what_a_reader_reads(model, packed):
-    view = TrainableCausal(model, "fp32")(packed, (1,))
+    view = TrainableCausal(model, "fp32")(packed, Wants(layers=(1,)))
     assert view.final_ND.requires_grad
     signal = CausalReader(model, model.get_output_embeddings().weight.shape[0]).read(packed, Wants(True, (1,)))
     assert_close(view.final_ND.detach(), signal.logits.rows_ND, rtol=0, atol=0)

@@ -263,3 +263,14 @@ def test_a_model_that_fails_the_probe_is_not_loaded(tiny_llama, monkeypatch):
     monkeypatch.setattr("potstill.engines.local.probe", refuse)
     with pytest.raises(ModelError, match=r"^student\.model: LlamaForCausalLM refused"):
         load_model(str(tiny_llama), "fp32", CPU, "student.model")
+
+
+def test_attention_maps_are_had_of_a_model_that_was_loaded_for_them(tiny_llama):
+    ids_BT = torch.tensor([[5, 6, 7]])
+    batch = Batch(ids_BT, ids_BT, torch.ones_like(ids_BT))
+    tokenizer, wants = load_tokenizer(str(tiny_llama), "t"), Wants(attentions=(4,))
+    eager = LocalEngine(load_model(str(tiny_llama), "fp32", CPU, "teacher.model", eager=True), tokenizer)
+    assert eager.read(batch, wants).attentions[4].shape == (1, 4, 3, 3)
+    plain = LocalEngine(load_model(str(tiny_llama), "fp32", CPU, "teacher.model"), tokenizer)
+    with pytest.raises(ModelError, match="returned no attention maps"):
+        plain.read(batch, wants)

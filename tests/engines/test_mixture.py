@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -91,6 +92,14 @@ def test_every_position_gets_the_mean_that_its_documents_source_asks_for(mixture
     torch.testing.assert_close(spelled_out(said.sliced(VOCABULARY)), expected(engines, batch), rtol=1e-4, atol=1e-6)
 
 
+def test_the_members_speak_where_the_teacher_is_to_and_not_where_is_supervised(mixture, engines, batch):
+    taught_BT = torch.zeros_like(batch.supervised_BT)
+    taught_BT[0, 2:7], taught_BT[1, 0] = True, True
+    said = mixture.read(replace(batch, taught_BT=taught_BT), Wants(final=True)).logits
+    there = replace(batch, targets_BT=torch.where(taught_BT, 3, IGNORE))
+    torch.testing.assert_close(spelled_out(said.sliced(VOCABULARY)), expected(engines, there), rtol=1e-4, atol=1e-6)
+
+
 def test_a_loss_pulls_the_student_to_the_mean_of_each_source(mixture, engines, batch):
     """At equality the loss is zero: a student that says the mean has nothing to learn; one that says a member has."""
     said = mixture.read(batch, Wants(final=True)).logits
@@ -112,9 +121,10 @@ def test_who_has_no_say_changes_nothing(engines, batch):
 
 
 def test_hidden_states_are_the_first_members(mixture, engines, batch):
-    wants = Wants(layers=(0, 2))
-    ours, its = mixture.read(batch, wants), engines[0].read(batch, wants)
-    assert ours.logits is None
+    wants = Wants(layers=(0, 2), vectors=(1,))
+    ours, its = mixture.read(batch, replace(wants, final=True)), engines[0].read(batch, wants)
+    assert torch.equal(ours.vectors[1].keys_BGTE, its.vectors[1].keys_BGTE)
+    assert mixture.read(batch, wants).logits is None
     assert all(torch.equal(ours.hidden[layer], its.hidden[layer]) for layer in (0, 2))
     assert models_of(mixture) == (engines[0].model, engines[1].model)
 

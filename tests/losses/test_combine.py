@@ -14,8 +14,32 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.testing import assert_close
 
-from potstill.losses import HeadLoss, HeadTerm, HiddenLoss, Objective, Ramp, Schedule
-from potstill.types import IGNORE, Batch, Head, Lesson, Mixture, Offer, Signal, SparseLogits, States, StudentView
+from potstill.losses import (
+    AttentionLoss,
+    HeadLoss,
+    HeadTerm,
+    HiddenLoss,
+    Objective,
+    PooledLoss,
+    Ramp,
+    Schedule,
+    SimilarityLoss,
+    VectorsLoss,
+)
+from potstill.types import (
+    IGNORE,
+    Batch,
+    Head,
+    Lesson,
+    Logits,
+    Mixture,
+    Offer,
+    Signal,
+    SparseLogits,
+    States,
+    StudentView,
+    Wants,
+)
 
 VOCABULARY, PADDED, WIDTHS, LENGTH = 11, 14, (4, 6), 9
 SOFT = HeadTerm("forward_kl", 0.6, 2.0)
@@ -245,10 +269,33 @@ def test_an_objective_asks_for_what_its_losses_need():
     assert Objective([soft, hidden]).needs == {Offer.LOGITS, Offer.HIDDEN}
 
 
-def test_layers_to_read_are_those_of_all_maps_in_order_and_once():
-    first, second = HiddenLoss("hidden_mse", {4: 2, 1: 9}, (3, 3)), HiddenLoss("hidden_cosine", {4: 9, 3: 0}, (3, 3))
-    assert Objective([HeadLoss([SOFT], VOCABULARY), first, second]).layers() == ((1, 3, 4), (0, 2, 9))
-    assert Objective([HeadLoss([SOFT], VOCABULARY)]).layers() == ((), ())
+def test_what_to_read_is_what_all_losses_want_in_order_and_once():
+    losses = [
+        HeadLoss([SOFT], VOCABULARY),
+        HiddenLoss("hidden_mse", {4: 2, 1: 9}, (3, 3)),
+        HiddenLoss("hidden_cosine", {4: 9, 3: 0}, (3, 3)),
+        AttentionLoss("attention_kl", {2: 6, 1: 3}, causal=True),
+        VectorsLoss("minilm", {2: 6}, causal=True),
+        SimilarityLoss("gram_mse", {5: 9}),
+        PooledLoss("vector_mse", (3, 3)),
+    ]
+    student = Wants(final=True, layers=(1, 3, 4, 5), attentions=(1, 2), vectors=(2,), pooled=True)
+    teacher = Wants(final=True, layers=(0, 2, 9), attentions=(3, 6), vectors=(6,), pooled=True)
+    objective = Objective(losses)
+    assert objective.wants() == (student, teacher)
+    assert objective.needs == {Offer.LOGITS, Offer.HIDDEN, Offer.ATTENTION, Offer.VECTORS, Offer.POOLED}
+    assert Objective([HeadLoss([SOFT], VOCABULARY)]).wants() == (Wants(final=True), Wants(final=True))
+    assert Objective([HeadLoss([HARD], VOCABULARY)]).wants() == (Wants(final=True), Wants())
+    assert Objective(losses[6:]).wants() == (Wants(final=True, pooled=True), Wants(pooled=True))
+
+
+def test_a_schedule_moves_the_weight_of_any_term(student, teacher):
+    batch, half = make_batch([4, 2]), {"gram_mse": Schedule(Ramp(1.0, 0.0))}
+    view, lesson = student(batch), teacher.teach(batch)
+    fixed, moving = (Objective([SimilarityLoss("gram_mse", {1: 1}, weight=3.0)], s) for s in ({}, half))
+    counts = fixed.counts([batch])
+    assert_close(moving(view, lesson, counts, 0.25)[0], 0.75 * fixed(view, lesson, counts)[0])
+    assert_close(moving(view, lesson, counts, 0.25)[1], fixed(view, lesson, counts)[1])
 
 
 def test_hard_labels_alone_need_no_signal(student):
@@ -306,6 +353,15 @@ def test_a_list_of_all_tokens_is_as_good_as_the_whole_distribution(student, teac
     listed = SparseLogits(torch.arange(VOCABULARY).expand(13, VOCABULARY), logprobs_NK)
     whole = loss(student(batch), Lesson(batch, Signal(states)))
     assert_close(loss(student(batch), Lesson(batch, Signal(listed))).total, whole.total)
+
+
+def test_logits_of_a_padded_head_are_cut_to_the_shared_tokens(student, teacher):
+    loss, batch = HeadLoss([SOFT], VOCABULARY), make_batch([4, 9])
+    (states,) = said_by([teacher], batch)
+    spelled = Logits(states.rows_ND @ states.head.weight_VD.T + states.head.bias_V)
+    assert spelled.logits_NV.shape[1] == PADDED
+    whole = loss(student(batch), Lesson(batch, Signal(states)))
+    assert_close(loss(student(batch), Lesson(batch, Signal(spelled))).total, whole.total)
 
 
 # Numbers that move

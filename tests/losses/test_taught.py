@@ -127,3 +127,28 @@ def test_rows_and_devices_keep_the_marks():
     assert torch.equal(batch.to("cpu").taught_BT, batch.taught_BT)
     assert torch.equal(batch.taught_N, batch.taught_BT[batch.supervised_BT])
     assert replace(batch, taught_BT=None).taught_N is None
+
+
+def test_the_teacher_may_speak_where_nothing_is_supervised():
+    """As in masked language modelling: hard labels at the masked tokens, soft ones at every attended position."""
+    batch = make_batch(7)
+    everywhere = torch.ones_like(batch.taught_BT)
+    everywhere[2, 4:] = False
+    batch = replace(batch, taught_BT=everywhere, targets_BT=batch.targets_BT.clone())
+    batch.targets_BT[2, 5] = 3  # supervised, and not taught
+    count, heard = int(batch.spoken_BT.sum()), int(everywhere.sum())
+    view = StudentView(torch.randn(count, D).double().requires_grad_(), Head(torch.randn(V, D).double()))
+    said = States(torch.randn(heard, D).double(), Head(torch.randn(V, D).double()))
+    lesson = Lesson(batch, Signal(said))
+    soft, hard = HeadLoss([SOFT], V), HeadLoss([HARD], V)
+    assert (soft.count(batch), hard.count(batch)) == (heard, int(batch.supervised_BT.sum()))
+    spoken, positions = batch.spoken_BT.nonzero().tolist(), everywhere.nonzero().tolist()
+    logits_NV = view.final_ND @ view.head.weight_VD.T
+    log_p = (said.rows_ND @ said.head.weight_VD.T / 2).log_softmax(-1)
+    log_q = (logits_NV[[spoken.index(place) for place in positions]] / 2).log_softmax(-1)
+    own = [spoken.index(place) for place in batch.supervised_BT.nonzero().tolist()]
+    nll = -logits_NV[own].log_softmax(-1).gather(1, batch.targets_N[:, None]).sum()
+    expected = 0.7 * 4 * (log_p.exp() * (log_p - log_q)).sum() + 0.3 * nll
+    total = soft(view, lesson).total + hard(view, lesson).total
+    assert_close(total, expected)
+    assert_close(*(torch.autograd.grad(one, view.final_ND)[0] for one in (total, expected)))

@@ -1,113 +1,97 @@
-"""What a recipe says about its losses is what the objective does; and what the teacher lacks is refused by name."""
+"""From what a recipe says to the parts that do it: steps, plans, the models that teach and those that are to learn."""
 
 from __future__ import annotations
 
-import inspect
-from typing import Any, get_args
-
 import pytest
-import torch
-from transformers import LlamaConfig
+from transformers import BertConfig, LlamaConfig
 
-from potstill.errors import RecipeError
-from potstill.losses import DIVERGENCES, HeadLoss, HeadTerm, HiddenLoss, Objective
+from potstill.errors import ModelError
 from potstill.pipeline import build
 from potstill.recipes import load_recipe
-from potstill.recipes.losses import LossTerm, VocabularyTerm
-from potstill.types import Batch, Head, Lesson, Offer, Signal, States, StudentView
+from potstill.types import Role
 
-SIZES = {"num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 16}
-STUDENT = LlamaConfig(num_hidden_layers=2, hidden_size=4, **SIZES)
-TEACHER = LlamaConfig(num_hidden_layers=4, hidden_size=6, **SIZES)
-KINDS = {get_args(model.model_fields["kind"].annotation)[0]: model for model in get_args(get_args(LossTerm)[0])}
-NEEDED = {"alpha_beta": ", alpha: 0.7, beta: 0.4"}
+BERT = BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8, vocab_size=16)
 
 
-def terms(losses: str) -> list[Any]:
-    return load_recipe("quickstart", [f"losses={losses}"]).losses
+def quickstart(*changes: str):
+    return load_recipe("quickstart", changes)
 
 
-def objective(losses: str) -> Objective:
-    return build.build_objective(terms(losses), 16, STUDENT, TEACHER)
+@pytest.mark.parametrize(
+    ("length", "steps"),
+    [("steps: 7", 7), ("tokens: 1000", 4), ("tokens: 1024", 4), ("epochs: 1", 3), ("epochs: 0.5", 2), ("epochs: 3", 8)],
+)
+def test_steps_are_as_given_or_enough_for_the_tokens_or_epochs(length, steps):
+    recipe = quickstart(f"training={{{length}, batch_rows: 4}}", "data.sequence_length=64")
+    assert build.count_steps(recipe, rows=10) == steps
+    assert build.steps_of(recipe.training, 64, 10) == steps
 
 
-def head_terms(losses: str) -> tuple[HeadTerm, ...]:
-    (loss,) = objective(losses).losses
-    return loss.terms
+@pytest.mark.parametrize(
+    ("schedule", "end"),
+    [("{kind: cosine, final: 0.1}", 0.1), ("{kind: linear, final: 0.2}", 0.2), ("{kind: linear}", 0.0),
+     ("{kind: constant}", 1.0), ("{kind: wsd, final: 0.3}", 0.3)],
+)  # fmt: skip
+def test_the_rate_rises_to_its_peak_and_ends_where_the_schedule_says(schedule, end):
+    training = quickstart(f"training={{steps: 100, learning_rate: 2, schedule: {schedule}}}").training
+    rates = [build.build_plan(training, 100).rate(step) for step in range(100)]
+    assert max(rates) == pytest.approx(2.0, rel=0.02)
+    assert rates[0] < rates[4]
+    assert rates[-1] == pytest.approx(2.0 * end, abs=0.1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_loss_can_be_built_and_asks_for_what_it_said(kind):
-    (term,) = terms(f"[{{kind: {kind}, weight: 0.5{NEEDED.get(kind, '')}}}]")
-    built = build.build_objective([term], 16, STUDENT, TEACHER)
-    (loss,) = built.losses
-    assert built.needs == (frozenset() if term.needs is None else {Offer(term.needs)})
-    if issubclass(KINDS[kind], VocabularyTerm):
-        assert loss.terms == (HeadTerm(kind, 0.5, settings=term.settings),)
-    else:
-        assert (type(loss), loss.kind, loss.weight) == (HiddenLoss, kind, 0.5)
+def test_a_plan_validates_ten_times_unless_the_recipe_says_how_often():
+    training = quickstart("training={steps: 100, checkpoint: {every_minutes: 2}}").training
+    assert (build.build_plan(training, 100).validate_every, build.build_plan(training, 3).validate_every) == (10, 1)
+    assert build.build_plan(training, 100).checkpoint_seconds == 120
+    assert build.build_plan(quickstart("training.validate_every=7").training, 100).validate_every == 7
 
 
-def test_recipes_and_formulas_know_the_same_divergences_with_the_same_settings():
-    over_vocabulary = {kind for kind, model in KINDS.items() if issubclass(model, VocabularyTerm)}
-    assert over_vocabulary == {*DIVERGENCES, "cross_entropy"}
-    for kind in DIVERGENCES:
-        (term,) = terms(f"[{{kind: {kind}{NEEDED.get(kind, '')}}}]")
-        taken = inspect.signature(DIVERGENCES[kind]).parameters.values()
-        settings = {one.name: one.default for one in taken if one.kind is one.KEYWORD_ONLY}
-        assert set(term.settings) == set(settings), kind
-        for name, default in settings.items():
-            assert default in (term.settings[name], inspect.Parameter.empty), (kind, name)
+@pytest.mark.parametrize(
+    ("teacher", "found"),
+    [
+        ("{kind: local, model: a}", {"teacher.model": "a"}),
+        ("{kind: finetune, model: a, training: {epochs: 1}}", {"teacher.model": "a"}),
+        ("{kind: mixture, members: [{model: a}, {model: b}]}",
+         {"teacher.members[0].model": "a", "teacher.members[1].model": "b"}),
+        ("{kind: recorded, path: said.csv, label: a}", {}),
+    ],
+)  # fmt: skip
+def test_every_model_that_teaches_is_known_by_its_key(teacher, found):
+    asked = build.teachers_of(quickstart(f"teacher={teacher}"))
+    assert {key: member.model for key, member in asked.items()} == found
 
 
-def test_settings_temperatures_and_flags_arrive():
-    losses = "[{kind: skew_forward_kl, alpha: 0.3, temperature: 2, weight: 0.7, times_temperature_squared: false},"
-    losses += " {kind: cross_entropy, label_smoothing: 0.1}]"
-    assert head_terms(losses) == (
-        HeadTerm("skew_forward_kl", 0.7, 2.0, False, {"alpha": 0.3}),
-        HeadTerm("cross_entropy", settings={"label_smoothing": 0.1}),
-    )
+def test_an_assistant_that_is_not_settled_has_no_model_here():
+    with pytest.raises(ValueError, match="settle the recipe first"):
+        build.teachers_of(quickstart("teacher={kind: run, recipe: x.yaml}"))
 
 
-def test_what_moves_in_a_recipe_moves_in_the_objective():
-    built = objective(
-        "[{kind: jsd, weight: {kind: linear, start: 0, end: 0.8}, temperature: {kind: cosine, start: 3, end: 1}},"
-        " {kind: cross_entropy, weight: {kind: constant, value: 0.4}},"
-        " {kind: hidden_mse, weight: {kind: linear, start: 2, end: 0}}]"
-    )
-    assert built.scheduled(0.0) == {"weight_jsd": 0.0, "temperature_jsd": 3.0, "weight_hidden_mse": 2.0}
-    assert built.scheduled(0.5) == pytest.approx({"weight_jsd": 0.4, "temperature_jsd": 2.0, "weight_hidden_mse": 1.0})
-    assert built.scheduled(1.0) == {"weight_jsd": 0.8, "temperature_jsd": 1.0, "weight_hidden_mse": 0.0}
-    assert [term.weight for term in built.losses[0].terms] == [1.0, 0.4]
+@pytest.mark.parametrize(
+    ("architecture", "names", "ready"),
+    [("BertForSequenceClassification", {0: "no", 1: "yes"}, ("no", "yes")),
+     ("BertForSequenceClassification", None, None),
+     ("BertForMaskedLM", {0: "no", 1: "yes"}, None)],
+    ids=["classifier", "without names", "no classifier"],
+)  # fmt: skip
+def test_a_ready_classifier_names_its_classes(tmp_path, architecture, names, ready):
+    BertConfig(architectures=[architecture], **({"id2label": names} if names else {})).save_pretrained(tmp_path)
+    assert build.ready_labels(quickstart(f"teacher={{kind: local, model: {tmp_path}}}")) == ready
+    trained_first = quickstart(f"teacher={{kind: finetune, model: {tmp_path}, training: {{epochs: 1}}}}")
+    assert build.ready_labels(trained_first) is None
+    assert build.ready_labels(quickstart("teacher={kind: recorded, path: said.csv, label: a}")) is None
 
 
-def test_a_loss_that_starts_at_weight_0_asks_the_teacher_from_the_start():
-    built = objective("[{kind: cross_entropy}, {kind: forward_kl, weight: {kind: linear, start: 0, end: 1}}]")
-    assert build.wants_of(built).final
+@pytest.mark.parametrize("role", [role for role in Role if role is not Role.CAUSAL])
+def test_a_blank_model_is_of_the_class_that_its_role_asks_for(role):
+    model = build.blank_model(BERT, "student.model", role)
+    assert isinstance(model, build.AUTO_CLASSES[role]._model_mapping[BertConfig])
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
-def test_a_recipe_of_all_divergences_gives_one_pass_and_a_finite_loss():
-    every = ", ".join(f"{{kind: {kind}{NEEDED.get(kind, '')}, temperature: 2}}" for kind in DIVERGENCES)
-    built = objective(f"[{every}, {{kind: cross_entropy}}]")
-    assert [type(loss) for loss in built.losses] == [HeadLoss]
-    torch.manual_seed(0)
-    batch = Batch(torch.randint(16, (2, 5)), torch.randint(16, (2, 5)), torch.ones(2, 5, dtype=torch.long))
-    student = StudentView(torch.randn(10, 4, requires_grad=True), Head(torch.randn(18, 4)))
-    lesson = Lesson(batch, Signal(States(torch.randn(10, 6), Head(torch.randn(16, 6)))))
-    share, parts = built(student, lesson, built.counts([batch]))
-    assert list(parts) == [*DIVERGENCES, "cross_entropy"]
-    assert all(value > 0.0 for value in parts.values())
-    factors = {name: 1.0 if name == "cross_entropy" else 4.0 for name in parts}
-    assert float(share.detach()) == pytest.approx(sum(factors[name] * float(parts[name]) for name in parts), rel=1e-5)
-
-
-@pytest.mark.parametrize(("kind", "need"), [("total_variation", "LOGITS"), ("hidden_cosine", "HIDDEN")])
-def test_a_teacher_that_cannot_offer_what_a_loss_needs_is_refused_by_name(monkeypatch, kind, need):
-    monkeypatch.setattr(build.LocalEngine, "offers", frozenset({Offer.TEXT}))
-    recipe = load_recipe("quickstart", [f"losses=[{{kind: cross_entropy}}, {{kind: {kind}}}]"])
-    words = (
-        rf"^losses\[1\].kind={kind} needs {need}, but teacher.kind=local offers TEXT. Remove this loss, or use another"
-    )
-    with pytest.raises(RecipeError, match=words):
-        build.check_losses(recipe)
-    build.check_losses(load_recipe("quickstart", ["losses=[{kind: cross_entropy}]"]))
+def test_a_config_of_another_kind_of_model_is_refused_with_its_key():
+    llama = LlamaConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8, vocab_size=16)
+    with pytest.raises(ModelError) as caught:
+        build.blank_model(llama, "student.model", Role.MASKED)
+    assert str(caught.value).startswith("student.model: LlamaConfig is not the config of a model for masked language")
+    assert str(caught.value).endswith("Use an encoder such as BERT, RoBERTa, DistilBERT, ELECTRA or ModernBERT.")

@@ -190,6 +190,21 @@ def test_set_values_are_yaml_and_later_ones_win(tmp_path: Path) -> None:
     assert (recipe.description, recipe.name) == ("a=b", "007")
 
 
+def test_set_reaches_into_phases(tmp_path: Path) -> None:
+    text = BASE + "phases: [{name: general, training: {steps: 9}}, {name: task}]\n"
+    changes = ["phases[0].training.steps=3", "phases.1.losses=[{kind: reverse_kl}]", "phases[1].losses[0].weight=2"]
+    first, second = read(tmp_path, text, *changes).phases
+    assert first.training is not None
+    assert first.training.steps == 3
+    assert second.losses is not None
+    assert [(term.kind, term.weight) for term in second.losses] == [("reverse_kl", 2.0)]
+    assert refusal(tmp_path, text, "phases[0].training.stepz=3").startswith("phases[0].training.stepz: unknown key.")
+    assert refusal(tmp_path, text, "phases[2].training.steps=3") == (
+        "--set phases[2].training.steps=3: phases has entries 0 to 1, so it has no 2. Give the key of a value that the "
+        "recipe can hold."
+    )
+
+
 @pytest.mark.parametrize("key", ["1", '"1"'])
 def test_set_finds_the_whole_numbers_of_a_layer_map(tmp_path: Path, key: str) -> None:
     text = BASE.replace("cross_entropy", f"hidden_mse, layers: {{{key}: 2, 3: 4}}")
@@ -287,6 +302,11 @@ TERMS = st.lists(
         part("cross_entropy", weight=RAMPS, label_smoothing=FRACTIONS),
         part("hidden_mse", layers=LAYERS),
         part("hidden_cosine", layers=LAYERS),
+        part("attention_kl", layers=LAYERS, heads=st.sampled_from(["matched", "averaged"])),
+        part("minilm_v2", layers=LAYERS, relation_heads=COUNTS),
+        part("linear_cka", over=st.just("texts")),
+        part("rkd_angle", layers=LAYERS),
+        part("vector_cosine", weight=POSITIVES),
     ),
     min_size=1,
     unique_by=lambda term: term["kind"],
@@ -294,12 +314,14 @@ TERMS = st.lists(
 STUDENTS = st.one_of(
     st.builds(lambda count: {"kind": "layers", "count": count}, COUNTS),
     st.builds(lambda keep: {"kind": "layers", "keep": sorted(keep)}, st.sets(st.integers(0, 99), min_size=1)),
+    st.just({"kind": "layers", "keep": "even", "count": 6, "architecture": "distilbert"}),
     st.builds(lambda model: {"kind": "model", "model": model}, TEXTS),
     st.builds(lambda config: {"kind": "config", "config": config}, some(hidden_size=COUNTS)),
 )
 SCHEDULES = st.one_of(
     part("cosine", warmup=FRACTIONS, final=FRACTIONS),
     part("constant", warmup=FRACTIONS),
+    part("linear", warmup=FRACTIONS, final=FRACTIONS),
     st.just({"kind": "wsd"}),
 )
 TRAININGS = st.builds(
@@ -307,11 +329,77 @@ TRAININGS = st.builds(
     st.sampled_from([{"steps": 3}, {"tokens": 3e12}, {"epochs": 0.5}]),
     some(learning_rate=POSITIVES, betas=st.tuples(FRACTIONS, FRACTIONS), clip_norm=st.none(), schedule=SCHEDULES),
 )
+LABELS = st.none() | st.lists(TEXTS, min_size=2, max_size=4)
+OVERLONG = st.sampled_from(["truncate", "drop", "refuse"])
+POOLING = st.sampled_from(["cls", "mean"])
+TASKS = st.one_of(
+    part("language_model"),
+    part("masked_lm", masked=st.floats(1e-6, 0.99), by_mask=st.floats(0.0, 0.9)),
+    part("classification", multi_label=st.booleans(), labels=LABELS, out_of_scope=TEXTS, pooling=POOLING),
+    part("token_classification", labels=LABELS, overlong=OVERLONG),
+    part("embedding", pooling=POOLING, normalise=st.booleans(), overlong=OVERLONG),
+)
+TEACHERS = st.one_of(
+    st.builds(lambda model: {"kind": "local", "model": model}, TEXTS),
+    st.builds(
+        lambda model, training, learns: {"kind": "finetune", "model": model, "training": training, "learns": learns},
+        TEXTS,
+        TRAININGS,
+        st.sampled_from(["all", "head"]),
+    ),
+    st.builds(
+        lambda path, column, by: {"kind": "recorded", "path": path, column: "answer", "match": by},
+        TEXTS,
+        st.sampled_from(["label", "probabilities"]),
+        st.sampled_from(["text", "id"]),
+    ),
+    st.builds(
+        lambda model, sources: {"kind": "mixture", "members": [{"model": model}, {"model": "b", "sources": sources}]},
+        TEXTS,
+        st.dictionaries(TEXTS, st.floats(0, 9), max_size=3),
+    ),
+)
+DATA = st.builds(
+    lambda source, rest: {"source": source, **rest},
+    TEXTS,
+    some(
+        label=TEXTS,
+        text_pair=TEXTS,
+        split_by=TEXTS,
+        slice=TEXTS,
+        unlabelled=TEXTS,
+        labels_per_class=COUNTS,
+        noise=some(copies=COUNTS, share=st.floats(1e-6, 0.99)),
+    ),
+)
+EVALUATIONS = some(
+    max_documents=COUNTS,
+    calibrate=st.booleans(),
+    precision=st.floats(0.01, 0.99),
+    price=st.fixed_dictionaries({"machine_usd_per_hour": POSITIVES}, optional={"teacher_usd_per_1000": POSITIVES}),
+)
+PHASES = st.lists(
+    st.fixed_dictionaries(
+        {"name": st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]*\Z")},
+        optional={
+            "task": TASKS,
+            "data": DATA,
+            "teacher": TEACHERS,
+            "losses": TERMS,
+            "signals": st.sampled_from([{"kind": "online"}, {"kind": "dense"}, {"kind": "topk", "k": 3}]),
+            "training": TRAININGS,
+            "control": some(enabled=st.booleans()),
+            "evaluation": EVALUATIONS,
+        },
+    ),
+    max_size=3,
+    unique_by=lambda phase: phase["name"],
+)
 RECIPES = st.fixed_dictionaries(
     {
         "name": st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]*\Z"),
-        "data": st.builds(lambda source: {"source": source}, TEXTS),
-        "teacher": st.builds(lambda model: {"kind": "local", "model": model}, TEXTS),
+        "data": DATA,
+        "teacher": TEACHERS,
         "student": STUDENTS,
         "losses": TERMS,
         "training": TRAININGS,
@@ -320,12 +408,16 @@ RECIPES = st.fixed_dictionaries(
         "description": TEXTS,
         "seed": st.integers(0, 2**32 - 1),
         "run_dir": TEXTS,
+        "task": TASKS,
+        "static": st.builds(lambda training: {"training": training, "dimensions": 8}, TRAININGS),
+        "phases": PHASES,
+        "evaluation": EVALUATIONS,
         "report": some(title=TEXTS),
     },
 ).map(Recipe.model_validate)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(RECIPES)
 def test_a_dumped_recipe_loads_back_equal(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> None:
     path = tmp_path_factory.mktemp("recipes") / "r.yaml"

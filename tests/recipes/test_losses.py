@@ -57,11 +57,54 @@ def test_settings_are_what_a_formula_takes_and_nothing_else() -> None:
         assert term(kind, weight=3.0).settings == settings
 
 
+NEEDS = {
+    "cross_entropy": None,
+    "hidden_mse": "hidden",
+    "hidden_cosine": "hidden",
+    "attention_mse": "attention",
+    "attention_kl": "attention",
+    "minilm": "vectors",
+    "minilm_v2": "vectors",
+    "rkd_distance": "hidden",
+    "rkd_angle": "hidden",
+    "gram_mse": "hidden",
+    "linear_cka": "hidden",
+    "vector_mse": "pooled",
+    "vector_cosine": "pooled",
+}
+
+
 def test_what_a_loss_needs_of_a_teacher_is_known_without_building_it() -> None:
     for kind, model in KINDS.items():
-        expected = "logits" if issubclass(model, SoftTerm) else "hidden" if issubclass(model, LayerTerm) else None
-        assert term(kind).needs == expected
-    assert [kind for kind in KINDS if term(kind).needs is None] == ["cross_entropy"]
+        assert term(kind).needs == ("logits" if issubclass(model, SoftTerm) else NEEDS[kind])
+
+
+def test_a_map_of_layers_is_for_what_has_layers() -> None:
+    for kind, model in KINDS.items():
+        if issubclass(model, LayerTerm):
+            assert [term(kind, layers=given).layers for given in ("even", {1: 2})] == ["even", {1: 2}]
+        else:
+            assert problem(kind, layers="even").startswith("losses[0].layers: unknown key.")
+
+
+BEHIND = [
+    (("minilm_v2", {"relation_heads": 0}), "losses[0].relation_heads: got 0, needs a number greater than or equal to"),
+    (("minilm", {"relation_heads": 12}), "losses[0].relation_heads: unknown key."),
+    (("attention_kl", {"heads": "mean"}), "losses[0].heads: got 'mean', needs matched or averaged."),
+    (("minilm", {"heads": "averaged"}), "losses[0].heads: unknown key."),
+    (("gram_mse", {"over": "text"}), "losses[0].over: got 'text', needs positions or texts. Did you mean texts?"),
+    (("hidden_mse", {"over": "texts"}), "losses[0].over: unknown key."),
+    (
+        ("rkd_angle", {"over": "texts", "layers": {1: 2}}),
+        "losses[0].layers: with `over: texts` the vectors of whole texts are compared; leave layers out.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("asked", "words"), BEHIND, ids=[words.partition(":")[0] for _, words in BEHIND])
+def test_terms_behind_the_answers_refuse_what_is_not_theirs(asked: tuple[str, dict[str, Any]], words: str) -> None:
+    kind, fields = asked
+    assert problem(kind, **fields).startswith(words)
 
 
 def test_every_kind_tells_a_user_when_to_choose_it() -> None:
@@ -109,7 +152,7 @@ def test_a_family_without_a_default_asks_for_its_settings() -> None:
      ("symetric_kl", "symmetric_kl")],
 )  # fmt: skip
 def test_an_unknown_kind_suggests_the_nearest(typed: str, meant: str) -> None:
-    assert problem(typed).endswith(f" or hidden_cosine. Did you mean {meant}?")
+    assert problem(typed).endswith(f" kinds; docs/recipes.md lists them). Did you mean {meant}?")
 
 
 def test_a_setting_of_another_kind_is_refused() -> None:

@@ -19,10 +19,7 @@ BASE: dict[str, Any] = {
     "losses": [{"kind": "forward_kl"}],
     "training": {"steps": 3},
 }
-KINDS = (
-    "forward_kl, reverse_kl, symmetric_kl, jsd, normalised_jsd, skew_forward_kl, skew_reverse_kl, total_variation, "
-    "alpha_beta, adaptive_kl, cross_entropy, hidden_mse or hidden_cosine"
-)
+KINDS = "forward_kl, reverse_kl, symmetric_kl, jsd, ... (23 kinds; docs/recipes.md lists them)"
 KEEP = "0-based layer numbers, or `even`, or `greedy` (remove one by one the layer whose removal hurts least)."
 SEED = "Of everything that is random: splits, order, initial weights. Change it or leave it out for the default, 0."
 BETAS = "AdamW's decay rates of the first and second moment."
@@ -63,9 +60,9 @@ KIND = [
     ({"losses": []}, "losses: got an empty list, needs 1 or more of them."),
     (
         {"teacher": {"kind": "lokal", "model": "m"}},
-        "teacher.kind: got 'lokal', needs local, run or mixture. Did you mean local?",
+        "teacher.kind: got 'lokal', needs local, finetune, recorded, run or mixture. Did you mean local?",
     ),
-    ({"teacher": None}, "teacher: got null, needs a mapping with kind: local, run or mixture."),
+    ({"teacher": None}, "teacher: got null, needs a mapping with kind: local, finetune, recorded, run or mixture."),
 ]
 MISSING = [
     (without("name"), "name: missing. Name of the run; letters, digits, dot, dash, underscore."),
@@ -102,8 +99,9 @@ VALUES = [
     ),
     (
         {"evaluation": {"speed": "maybe"}},
-        "evaluation.speed: got 'maybe', needs true or false. Measure prefill and decode tokens/s, and the memory they "
-        "take, of every arm; needs prompts. Change it or leave it out for the default, true.",
+        "evaluation.speed: got 'maybe', needs true or false. Measure speed and memory of every arm: prefill and decode "
+        "tokens/s (which needs prompts); for tasks over texts, latency at one text and texts/s at 32. Change it or "
+        "leave it out for the default, true.",
     ),
     (
         {"name": "a b"},
@@ -175,7 +173,34 @@ RULES = [
         "losses[1].kind: forward_kl is there twice; merge the two terms into one weight.",
     ),
 ]
-CASES = UNKNOWN + KIND + VALUES + UNIONS + RULES
+PHASES = [
+    (
+        {"phases": [{"name": "a"}, {"name": "a"}]},
+        "phases[1].name: a is there twice; each phase has a folder of its name.",
+    ),
+    (
+        {"phases": [{"name": "a", "losses": [{"kind": "forward_kl"}, {"kind": "forward_kl"}]}]},
+        "phases[0].losses[1].kind: forward_kl is there twice; merge the two terms into one weight.",
+    ),
+    ({"phases": [{}]}, "phases[0].name: missing. Of the phase; its run lives in phases/NAME within the run folder."),
+    ({"phases": [{"name": "a", "loses": []}]}, "phases[0].loses: unknown key. Did you mean losses?"),
+    ({"phases": [{"name": "a", "losses": [{"kind": "kl"}]}]}, f"phases[0].losses[0].kind: got 'kl', needs {KINDS}."),
+    (
+        {"phases": [{"name": "a", "student": {"kind": "model", "model": "m"}}]},
+        "phases[0].student: unknown key. Known here: name, task, data, teacher, losses, signals, training, control, "
+        "evaluation.",
+    ),
+    (
+        {"phases": [{"name": "../a"}]},
+        "phases[0].name: got '../a', which does not fit. Of the phase; its run lives in phases/NAME within the run "
+        "folder.",
+    ),
+    ({"phases": [{"name": "a", "training": {}}]}, "phases[0].training: needs exactly one of tokens, steps, epochs; "
+     "got none."),
+    ({"phases": {"name": "a"}}, "phases: got a mapping, needs a list. Trainings that come before this one, in order; "
+     "each begins with the student that the one before has left."),
+]  # fmt: skip
+CASES = PHASES + UNKNOWN + KIND + VALUES + UNIONS + RULES
 
 
 @pytest.mark.parametrize(("change", "words"), CASES, ids=[words.partition(":")[0] for _, words in CASES])

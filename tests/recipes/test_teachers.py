@@ -52,13 +52,43 @@ def test_the_order_of_patterns_survives_the_saved_recipe(tmp_path):
         ),
         ("{kind: run}", r"^teacher\.recipe: missing\. The assistant's recipe"),
         ("{kind: run, recipe: 3}", r"^teacher\.recipe: got 3, needs text"),
-        ("{kind: rum, recipe: x}", r"^teacher\.kind: got 'rum', needs local, run or mixture\. Did you mean run\?"),
+        ("{kind: rum, recipe: x}", r"^teacher\.kind: got 'rum', needs local, finetune, recorded, run or mixture\. Did you mean run\?"),
+        ("{kind: finetune, model: m}", r"^teacher\.training: missing\. How it is trained: on hard labels\.$"),
+        (
+            "{kind: finetune, model: m, training: {}}",
+            r"^teacher\.training: needs exactly one of tokens, steps, epochs; got none\.$",
+        ),
+        (
+            "{kind: finetune, model: m, training: {epochs: 1}, learns: heads}",
+            r"^teacher\.learns: got 'heads', needs all or head\. Did you mean head\?",
+        ),
+        ("{kind: finetune, model: m, training: {epochs: 1}, losses: []}", r"^teacher\.losses: unknown key\."),
+        ("{kind: recorded, label: a}", r"^teacher\.path: missing\. A file with a row a text"),
+        (
+            "{kind: recorded, path: p}",
+            r"^teacher: needs exactly one of probabilities, label: the column that holds the answers\.$",
+        ),
+        (
+            "{kind: recorded, path: p, label: a, probabilities: b}",
+            r"^teacher: needs exactly one of probabilities, label: the column that holds the answers\.$",
+        ),
+        ("{kind: recorded, path: p, label: a, match: row}", r"^teacher\.match: got 'row', needs text or id\."),
+        ("{kind: recorded, path: p, label: a, model: m}", r"^teacher\.model: unknown key\."),
     ],
 )
 def test_what_no_teacher_can_be_is_refused_in_one_line(teacher, words):
     with pytest.raises(RecipeError, match=words) as caught:
         with_teacher(teacher)
     assert "\n" not in str(caught.value)
+
+
+def test_recorded_answers_have_a_place_among_models_without_being_one():
+    """Their device and precision are no keys: nobody can ask for what is not there."""
+    recipe = with_teacher("{kind: recorded, path: said.jsonl, probabilities: p}")
+    assert (recipe.teacher.device, recipe.teacher.dtype) == ("auto", "fp32")
+    assert {"device", "dtype"}.isdisjoint(recipe.teacher.model_dump())
+    with pytest.raises(RecipeError, match=r"^teacher\.device: unknown key"):
+        with_teacher("{kind: recorded, path: said.jsonl, probabilities: p, device: cpu}")
 
 
 def write(file: Path, assistant: str) -> Path:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from potstill.report import CurvePoint
 from potstill.report.curves import training_figures, validation_figures
-from potstill.report.figures import _dodge, recovered_figure, speed_figures
+from potstill.report.figures import recovered_figure
+from potstill.report.tradeoff import _dodge, speed_figures
 
 
 @given(st.lists(st.floats(0, 300), min_size=1, max_size=8))

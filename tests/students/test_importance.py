@@ -198,3 +198,27 @@ def test_a_search_that_fails_leaves_the_model_as_it_was(llama, search):
         search(llama, 4, distance=fail)
     assert find_blocks(llama)[1] is blocks
     assert llama.config.num_hidden_layers == 6
+
+
+def test_a_search_among_the_blocks_of_an_encoder_tries_the_models_that_can_be_cut(encoder, ids_BT):
+    tried = []
+
+    def run():
+        return encoder.base_model(ids_BT).last_hidden_state
+
+    with torch.inference_mode():
+        target = run().clone()
+        choice = choose_greedily(
+            encoder,
+            run,
+            lambda final: tried.append(final.clone()) or float((final - target).norm()),
+            4,
+            shortlist=6,
+            seconds=AMPLE,
+        )
+    assert len(tried) == 6 + 5
+    for layer in range(1, 6):
+        student = cut_layers(encoder, [other for other in range(6) if other != layer]).eval()
+        with torch.no_grad():
+            assert_close(tried[layer], student.base_model(ids_BT).last_hidden_state, rtol=1e-5, atol=1e-5)
+    assert choice.removed[0][1] == min(float((final - target).norm()) for final in tried[:6])

@@ -7,7 +7,14 @@ import copy
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    Qwen3Config,
+    pipeline,
+)
 
 from potstill.errors import ModelError, RecipeError
 from potstill.students import check_layers, cut_layers, fresh_model, save_student
@@ -197,3 +204,100 @@ def test_impossible_sizes_are_refused(llama, sizes, text):
 def test_a_size_that_the_architecture_has_not_is_refused(teacher):
     with pytest.raises(ModelError, match=r"^student\.config\.num_key_value_heads: GPT2Config has no such size"):
         fresh_model(teacher.config, {"num_key_value_heads": 2}, 0)
+
+
+# ------------------------------------------------------------------------------------------------------------- encoders
+
+
+@pytest.mark.parametrize("keep", [[0], [0, 2, 5]], ids=str)
+def test_a_cut_encoder_is_of_its_class_and_computes_what_the_teachers_layers_compute(encoder, keep, ids_BT):
+    _, blocks = find_blocks(encoder)
+    with torch.no_grad():
+        with replaced_blocks(encoder, [blocks[layer] for layer in keep], keep):
+            expected = encoder(ids_BT)[0]
+        student = cut_layers(encoder, keep).eval()
+        assert_close(student(ids_BT)[0], expected, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(encoder(ids_BT)[0], expected)
+    assert type(student) is type(encoder)
+    assert student.config.id2label == encoder.config.id2label
+    assert student.config.num_hidden_layers == len(find_blocks(student)[1]) == len(keep)
+    name = find_blocks(encoder)[0]
+    outside = {key: value for key, value in encoder.state_dict().items() if not key.startswith(f"{name}.")}
+    assert all(torch.equal(student.state_dict()[key], value) for key, value in outside.items())
+
+
+@pytest.mark.parametrize("pooler", [True, False])
+def test_a_body_keeps_its_pooler_or_the_lack_of_it(encoder_of, pooler, ids_BT):
+    body = encoder_of("bert", "body")
+    if not pooler:
+        body = type(body)(body.config, add_pooling_layer=False).eval()
+    student = cut_layers(body, [1, 4]).eval()
+    assert (student.pooler is not None) == pooler
+    assert set(student.state_dict()) <= set(body.state_dict())
+    assert student(ids_BT).last_hidden_state.shape == (2, 10, 32)
+
+
+def test_a_first_block_that_is_unlike_the_others_cannot_be_left_out(encoder_of):
+    with pytest.raises(ModelError, match=r"^student\.keep=\[1, 2\]: the layers of ModernBert\w+ are not alike"):
+        cut_layers(encoder_of("modernbert"), [1, 2])
+
+
+def test_a_saved_encoder_loads_with_transformers_alone_and_answers_alike(
+    encoder, auto, tiny_tokenizer, tmp_path, ids_BT
+):
+    student = cut_layers(encoder, [0, 3]).eval()
+    save_student(student, tiny_tokenizer, tmp_path)
+    (kind,) = [one for one in auto.values() if one._model_mapping[type(student.config)] is type(student)]
+    loaded, notes = kind.from_pretrained(tmp_path, output_loading_info=True)
+    assert not notes["missing_keys"]
+    assert not notes["unexpected_keys"]
+    assert loaded.config.id2label == {0: "no", 1: "maybe", 2: "yes"}
+    with torch.no_grad():
+        assert_close(loaded.eval()(ids_BT)[0], student(ids_BT)[0], rtol=1e-6, atol=1e-6)
+    assert not (tmp_path / "generation_config.json").exists()
+
+
+def test_a_pipeline_of_transformers_answers_as_the_student_does(encoder_of, tiny_tokenizer, tmp_path):
+    student = cut_layers(encoder_of("bert", vocab_size=len(tiny_tokenizer)), [0, 3]).eval()
+    save_student(student, tiny_tokenizer, tmp_path, torch.bfloat16)
+    save_student(student, tiny_tokenizer, tmp_path)
+    classify = pipeline("text-classification", model=str(tmp_path), tokenizer=str(tmp_path), top_k=None, device="cpu")
+    said = {one["label"]: one["score"] for one in classify(["The red fox"])[0]}
+    with torch.no_grad():
+        scores_C = student(**tiny_tokenizer("The red fox", return_tensors="pt")).logits[0].softmax(-1)
+    assert said == pytest.approx(dict(zip(("no", "maybe", "yes"), scores_C.tolist(), strict=True)), abs=1e-6)
+
+
+def test_a_fresh_encoder_has_the_sizes_the_class_and_the_labels(encoder, ids_BT):
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    student = fresh_model(encoder.config, sizes, 0, kind=type(encoder))
+    assert type(student) is type(encoder)
+    assert len(find_blocks(student)[1]) == 2
+    assert student.config.num_attention_heads == 2
+    assert student.config.id2label == encoder.config.id2label
+    assert student(ids_BT)[0].shape == encoder(ids_BT)[0].shape
+    blank = fresh_model(encoder.config, sizes, 0, "meta", kind=type(encoder))
+    assert parameters(blank) == parameters(student)
+    again = fresh_model(encoder.config, sizes, 0, kind=type(encoder))
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))
+
+
+def test_an_auto_class_chooses_by_the_config_and_a_bare_body_gets_no_pooler(encoder_of, auto):
+    config = encoder_of("bert").config
+    assert {head: type(fresh_model(config, {}, 0, kind=kind)).__name__ for head, kind in auto.items()} == {
+        "body": "BertModel",
+        "masked": "BertForMaskedLM",
+        "classes": "BertForSequenceClassification",
+        "words": "BertForTokenClassification",
+    }
+    assert fresh_model(config, {}, 0, kind=auto["body"]).pooler is None
+
+
+def test_sizes_of_an_encoder_that_do_not_go_together_and_kinds_that_it_lacks_are_refused(encoder_of, auto, llama):
+    config = encoder_of("bert").config
+    with pytest.raises(ModelError, match=r"num_attention_heads=4 does not divide hidden_size=30"):
+        fresh_model(config, {"hidden_size": 30}, 0, kind=auto["masked"])
+    with pytest.raises(ModelError, match=r"^student\.config\.num_key_value_heads: BertConfig has no such size"):
+        fresh_model(config, {"num_key_value_heads": 2}, 0, kind=auto["masked"])
+    with pytest.raises(ModelError, match=r"^student\.kind=config: LlamaConfig has no AutoModelForMaskedLM, which the"):
+        fresh_model(llama.config, {}, 0, kind=auto["masked"])

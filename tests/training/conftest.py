@@ -21,6 +21,7 @@ from potstill.training import Callbacks, CheckpointStore, Plan, RowSource, Train
 from potstill.types import IGNORE, Batch, Head, Lesson, Signal, States, StudentView, Wants
 
 VOCABULARY, LENGTH, ROWS = 32, 12, 22
+NOTHING = Wants()
 
 
 class TinyStudent(nn.Module):
@@ -42,13 +43,13 @@ class TinyStudent(nn.Module):
             states.append(states[-1] + self.dropout(torch.tanh(block(norm(states[-1])))))
         return states
 
-    def forward(self, batch: Batch, layers: tuple[int, ...] = ()) -> StudentView:
+    def forward(self, batch: Batch, wants: Wants = NOTHING) -> StudentView:
         low = self.precision == "bf16"
         with torch.autocast("cpu", torch.bfloat16) if low else nullcontext():
             states = self.states(batch)
-        final_ND = states[-1][batch.supervised_BT]
+        final_ND = states[-1][batch.spoken_BT]
         head = Head(self.head.weight, self.head.bias)
-        return StudentView(final_ND.bfloat16() if low else final_ND, head, {i: states[i] for i in layers})
+        return StudentView(final_ND.bfloat16() if low else final_ND, head, {i: states[i] for i in wants.layers})
 
 
 class TinyTeacher:
@@ -62,7 +63,8 @@ class TinyTeacher:
         self.asked += 1
         states = self.model.states(batch)
         head = Head(self.model.head.weight, self.model.head.bias)
-        return Signal(States(states[-1][batch.supervised_BT], head), {layer: states[layer] for layer in wants.layers})
+        said_BT = batch.supervised_BT if batch.taught_BT is None else batch.taught_BT
+        return Signal(States(states[-1][said_BT], head), {layer: states[layer] for layer in wants.layers})
 
 
 class TinyRows:
@@ -86,12 +88,16 @@ class TinyRows:
         return Batch(self.ids[rows], self.targets[rows], self.segments[rows], names)
 
 
-def make_objective(projections: bool = True, schedules: dict[str, Schedule] | None = None) -> Objective:
+def make_objective(
+    projections: bool = True, schedules: dict[str, Schedule] | None = None, *, apart: bool = False
+) -> Objective:
+    """`apart` where the teacher speaks at other positions than the supervised ones."""
+    terms = [HeadTerm("forward_kl", temperature=2.0), HeadTerm("cross_entropy", 0.5)]
     with torch.random.fork_rng():
         torch.manual_seed(2)
-        head = HeadLoss([HeadTerm("forward_kl", temperature=2.0), HeadTerm("cross_entropy", 0.5)], VOCABULARY)
+        heads = [HeadLoss(own, VOCABULARY) for own in ([terms[:1], terms[1:]] if apart else [terms])]
         hidden = [HiddenLoss("hidden_mse", {1: 1, 2: 2}, (16, 24), 0.3)] if projections else []
-        return Objective([head, *hidden], schedules)
+        return Objective([*heads, *hidden], schedules)
 
 
 def make_plan(steps: int, **changes: Any) -> Plan:
@@ -113,6 +119,8 @@ def make_training(**changes: Any) -> Training:
         "examiner": None,
         "projections": True,
         "schedules": None,
+        "order": None,
+        "prepare": None,
     } | changes
     accelerator = Accelerator(cpu=True)
     source = RowSource(
@@ -122,10 +130,12 @@ def make_training(**changes: Any) -> Training:
         rows_at_once=settings["rows_at_once"],
         teacher=settings["teacher"],
         wants=Wants(final=True, layers=(1, 2)),
+        order=settings["order"],
+        prepare=settings["prepare"],
         rank=(accelerator.process_index, accelerator.num_processes),
     )
     student = TinyStudent(dropout=settings["dropout"], precision=settings["precision"]).train()
-    objective = make_objective(settings["projections"], settings["schedules"])
+    objective = make_objective(settings["projections"], settings["schedules"], apart=settings["prepare"] is not None)
     return Training(student, objective, source, accelerator, settings["validation"], settings["examiner"])
 
 

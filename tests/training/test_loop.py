@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,6 +56,37 @@ def test_20_steps_are_10_and_a_kill_and_10_more_bitwise(run, precision, rows_at_
         run(20, "killed", plan={"checkpoint_steps": 5}, callbacks=die_after(12), **settings)
     torch.rand(5)
     assert_bitwise(run(20, "killed", **settings), whole)
+
+
+def mask_anew(batch, drawn):
+    """Hide some tokens, others in every epoch: what is random follows from how many rows were drawn before."""
+    hidden_BT = torch.rand(batch.ids_BT.shape, generator=torch.Generator().manual_seed(drawn)) < 0.3
+    hidden_BT[:, drawn % 12] = True
+    return replace(
+        batch,
+        ids_BT=torch.where(hidden_BT, 0, batch.ids_BT),
+        targets_BT=torch.where(hidden_BT, batch.ids_BT, IGNORE),
+        taught_BT=batch.segments_BT > 0,
+    )
+
+
+def by_parity(epoch):
+    """Even rows first, or odd ones."""
+    return torch.arange(22).view(11, 2).T.flatten().roll(11 * (epoch % 2))
+
+
+@pytest.mark.parametrize("rows_at_once", [8, 3])
+def test_masks_that_are_drawn_anew_and_an_order_of_ones_own_continue_bitwise(run, rows_at_once):
+    settings = {"rows_at_once": rows_at_once, "dropout": 0.2, "order": by_parity, "prepare": mask_anew}
+    whole, lines = run(20, "whole", **settings), []
+    with pytest.raises(Killed):
+        run(20, "killed", plan={"checkpoint_steps": 10}, callbacks=die_after(13), **settings)
+    torch.rand(5)
+    assert_bitwise(run(20, "killed", callbacks=Callbacks(log=lines.append), **settings), whole)
+    assert [line["step"] for line in lines] == list(range(11, 21))
+    for name in ("order", "prepare"):
+        other = run(20, f"without {name}", **{**settings, name: None})
+        assert any(not torch.equal(other[key], whole[key]) for key in whole)
 
 
 @pytest.mark.parametrize("rows_at_once", [8, 2])
@@ -170,8 +202,8 @@ def test_a_line_of_metrics_says_what_happened(kit, tmp_path):
     assert [line["learning_rate"] for line in lines] == [plan.rate(step) for step in range(3)]
     assert 0 < lines[0]["seconds"] < lines[1]["seconds"] < lines[2]["seconds"] == training.seconds
     (batch,) = twin.source.draw()
-    layers = twin.objective.layers()[0]
-    loss, terms = twin.objective(twin.student(batch, layers), twin.source.lesson(batch), twin.objective.counts([batch]))
+    wants = twin.objective.wants()[0]
+    loss, terms = twin.objective(twin.student(batch, wants), twin.source.lesson(batch), twin.objective.counts([batch]))
     assert lines[0]["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
     for name, value in terms.items():
         assert lines[0][name] == pytest.approx(float(value), rel=1e-5)
@@ -427,7 +459,7 @@ def test_batches_go_where_the_training_is(kit, tmp_path):
     seen = []
     training = kit.training()
     plain = training.student.forward
-    training.student.forward = lambda batch, layers=(): seen.append(batch) or plain(batch, layers)
+    training.student.forward = lambda batch, wants: seen.append(batch) or plain(batch, wants)
     train(training, kit.plan(1), CheckpointStore(tmp_path))
     assert all(isinstance(batch, Batch) and batch.ids_BT.device == training.accelerator.device for batch in seen)
     assert [len(batch) for batch in seen] == [4, 4]

@@ -23,12 +23,12 @@ def falls(values):
     return all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(values))
 
 
-@given(STEPS, st.sampled_from(["cosine", "constant", "wsd"]), SHARE, SHARE, SHARE)
+@given(STEPS, st.sampled_from(["cosine", "linear", "constant", "wsd"]), SHARE, SHARE, SHARE)
 def test_factors_stay_within_0_and_1(steps, kind, warmup, decay, final):
     assert all(0.0 <= factor <= 1.0 for factor in curve(steps, kind, warmup=warmup, decay=decay, final=final))
 
 
-@given(STEPS, st.sampled_from(["cosine", "constant", "wsd"]), st.floats(0.0, 0.99), SHARE)
+@given(STEPS, st.sampled_from(["cosine", "linear", "constant", "wsd"]), st.floats(0.0, 0.99), SHARE)
 def test_warm_up_rises_evenly_from_above_0_to_the_peak(steps, kind, warmup, final):
     factors = curve(steps, kind, warmup=warmup, decay=0.01, final=final)
     warm = round(warmup * steps)
@@ -53,6 +53,14 @@ def test_a_cosine_is_half_way_in_the_middle():
     assert factors[24] == pytest.approx(0.2 + 0.8 * 0.5 * (1 + 2**-0.5))
 
 
+@given(STEPS, st.floats(0.0, 0.9), SHARE)
+def test_a_line_falls_evenly_from_the_peak_and_reaches_final_just_after_the_end(steps, warmup, final):
+    factors = curve(steps, "linear", warmup=warmup, final=final)
+    fall = factors[round(warmup * steps) :]
+    drop = (1.0 - final) / (len(fall) + 1)
+    assert fall == pytest.approx([1.0 - drop * (step + 1) for step in range(len(fall))])
+
+
 @given(STEPS, SHARE)
 def test_constant_stays_at_the_peak(steps, warmup):
     warm = round(warmup * steps)
@@ -71,12 +79,12 @@ def test_wsd_warms_up_stays_and_decays_evenly_to_final(steps, warmup, decay, fin
     assert all(drop == pytest.approx((1.0 - final) / (last + 1)) for drop in drops)
 
 
-@given(STEPS, st.sampled_from(["cosine", "constant", "wsd"]), SHARE, SHARE)
+@given(STEPS, st.sampled_from(["cosine", "linear", "constant", "wsd"]), SHARE, SHARE)
 def test_no_step_is_wasted_on_a_rate_of_0(steps, kind, warmup, decay):
     assert min(curve(steps, kind, warmup=warmup, decay=decay, final=0.0)) > 0.0
 
 
-@given(STEPS, st.integers(), st.sampled_from(["cosine", "constant", "wsd"]))
+@given(STEPS, st.integers(), st.sampled_from(["cosine", "linear", "constant", "wsd"]))
 def test_steps_outside_the_run_are_refused(steps, step, kind):
     if 0 <= step < steps:
         assert learning_rate_factor(step, steps, kind, warmup=0.1, decay=0.1) >= 0.0

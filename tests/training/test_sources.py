@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -137,16 +137,70 @@ def test_the_first_rows_are_those_that_are_drawn_first(count, most, seed, batch_
     assert found == sorted(set(drawn(source(count, seed=seed, batch_rows=batch_rows), steps)[:most]))
 
 
-def test_who_marks_is_asked_once_a_batch_and_lessons_keep_the_marks():
-    marked = []
+def remember(batch, drawn):
+    """Write down how many rows were drawn before; and a part that the rows did not have."""
+    return replace(
+        batch, targets_BT=batch.ids_BT + 1000 * drawn, taught_BT=batch.ids_BT % 2 == 0, keys=(b"%d" % drawn,)
+    )
 
-    def mark(batch):
-        marked.append(batch)
-        return replace(batch, taught_BT=batch.ids_BT % 2 == 0)
 
-    origin = source(mark=mark)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 4), st.integers(1, 5))
+def test_what_is_done_to_a_row_follows_from_its_place_whatever_the_ranks_and_micro_batches(count, rows, ranks, at_once):
+    rows = max(rows, ranks)
+    alone = source(count, batch_rows=rows, rows_at_once=1)
+    together = [
+        source(count, batch_rows=rows, rows_at_once=at_once, rank=(rank, ranks), prepare=remember)
+        for rank in range(ranks)
+    ]
+    for step in range(3):
+        expected = {step * rows + i: row for i, row in enumerate(numbers(alone.draw()))}
+        found = {}
+        for origin in together:
+            for batch in origin.draw():
+                for row, key in zip(batch.targets_BT[:, 0].tolist(), batch.keys, strict=True):
+                    found[int(key)] = row - 1000 * int(key)
+        assert found == expected
+
+
+def test_who_prepares_is_asked_once_a_row_and_lessons_keep_what_was_prepared():
+    asked = []
+    origin = source(prepare=lambda batch, drawn: asked.append((len(batch), drawn)) or remember(batch, drawn))
     batches = origin.draw()
-    assert len(marked) == len(batches) == 2
+    assert asked == [(1, 0), (1, 1), (1, 2), (1, 3)]
+    assert [len(batch) for batch in batches] == [2, 2]
     for batch in batches:
         assert torch.equal(batch.taught_BT, batch.ids_BT % 2 == 0)
         assert origin.lesson(batch).batch is batch
+
+
+def test_preparing_keeps_every_part_of_a_batch():
+    class Full(Numbered):
+        def batch(self, row_numbers):
+            rows = list(row_numbers)
+            ids_BT = torch.tensor(rows)[:, None].expand(len(rows), 3)
+            names, keys = tuple((f"{row}", "b") for row in rows), tuple(bytes([row]) for row in rows)
+            flags_BT = ids_BT % 2 == 0
+            return Batch(ids_BT, ids_BT, torch.ones_like(ids_BT), names, names, flags_BT, ids_BT, ids_BT[:, :2], keys)
+
+    whole, apart = (
+        RowSource(Full(9), seed=4, batch_rows=6, rows_at_once=4, prepare=prepare)
+        for prepare in (None, lambda batch, _: batch)
+    )
+    for one, other in zip(whole.draw(), apart.draw(), strict=True):
+        for field in fields(Batch):
+            left, right = getattr(one, field.name), getattr(other, field.name)
+            assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+
+
+def test_an_order_of_ones_own_is_asked_once_an_epoch():
+    asked = []
+
+    def backwards(epoch):
+        asked.append(epoch)
+        return torch.arange(9, -1, -1)
+
+    origin = source(10, batch_rows=4, order=backwards)
+    assert drawn(origin, 5) == list(range(9, -1, -1)) * 2
+    assert asked == [0, 1]
+    assert list(first_rows(10, 0, 3, order=backwards)) == [7, 8, 9]
+    assert first_rows(10, 0, 10, order=backwards) == range(10)

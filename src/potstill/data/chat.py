@@ -72,7 +72,7 @@ def encode_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> list
 
 
 def encode_examples(
-    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 256
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 256, bare: bool = False
 ) -> Iterator[Encoded]:
     """Encode examples in order, `batch_size` at a time.
 
@@ -84,22 +84,28 @@ def encode_examples(
     of the turn. Without marks, turns after the last answer are left out, and an assistant turn that opens a
     conversation answers nothing and is context.
 
+    With `bare`, for masked language models, text gets nothing, since whoever packs it frames every piece; all of its
+    tokens are learned, and conversations are refused.
+
     Text that only looks like a special token is encoded as text, in documents and in messages.
 
     Raises:
         DataError: there are messages and the tokenizer has no chat template or no character offsets; the template
-            refuses a conversation; or its assistant turns cannot be told apart.
+            refuses a conversation; or its assistant turns cannot be told apart. With `bare`: there are messages.
     """
     pending = iter(examples)
     chat: _Chat | None = None
     while batch := list(islice(pending, batch_size)):
         if chat is None and any(example.messages is not None for example in batch):
+            if bare:
+                raise _refused_chat(next(example.id for example in batch if example.messages is not None))
             chat = _open_chat(tokenizer)
-        texts = iter(_encode_texts([example.text for example in batch if example.text is not None], tokenizer))
+        words = [example.text for example in batch if example.text is not None]
+        texts = iter(_encode_bare(words, tokenizer) if bare else _encode_texts(words, tokenizer))
         for example in batch:
             if example.messages is None:
                 ids = next(texts)
-                yield Encoded(example.id, ids, [position > 0 for position in range(len(ids))], example.source)
+                yield Encoded(example.id, ids, [bare or position > 0 for position in range(len(ids))], example.source)
             elif chat is not None:
                 pages = _encode_chat(example.id, example.messages, chat)
                 yield from (replace(page, source=example.source) for page in pages)
@@ -111,6 +117,21 @@ def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[
     encoded = tokenizer(texts, split_special_tokens=True, return_attention_mask=False, verbose=False)["input_ids"]
     eos = tokenizer.eos_token_id
     return [ids if eos is None or ids[-1:] == [eos] else [*ids, eos] for ids in encoded]
+
+
+def _encode_bare(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    if not texts:
+        return []
+    options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+    found: list[list[int]] = tokenizer(texts, verbose=False, **options)["input_ids"]
+    return found
+
+
+def _refused_chat(name: str) -> DataError:
+    return DataError(
+        f"data.messages: {name} is a conversation, and task.kind=masked_lm reads plain text. "
+        "Give its words in the column data.text, or leave it out."
+    )
 
 
 def _open_chat(tokenizer: PreTrainedTokenizerBase) -> _Chat:

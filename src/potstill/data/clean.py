@@ -18,7 +18,7 @@ from potstill.data.load import Row
 from potstill.errors import DataError
 from potstill.types import Example
 
-__all__ = ["Cleaning", "Reason", "clean_examples"]
+__all__ = ["Cleaning", "Reason", "clean_examples", "mend"]
 
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _UNREADABLE = re.compile("[\x00\ud800-\udfff]")
@@ -98,10 +98,10 @@ def _judge(row: Row) -> tuple[Example, bool]:
     """The example of a row, and whether characters were replaced in it."""
     if _is_empty(row.messages):
         text = _check_text(row.text)
-        mended = _mend(text)
+        mended = mend(text)
         return Example(id=row.id, text=mended, source=row.source), mended != text
     messages = _check_messages(row.messages)
-    mended = _mend(messages)
+    mended = mend(messages)
     return Example(id=row.id, messages=tuple(mended), source=row.source), mended != messages
 
 
@@ -156,12 +156,12 @@ def _as_json(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return plain
 
 
-def _mend(value: Any) -> Any:
-    """Drop NULs and replace lone surrogates in every string of a JSON value."""
+def mend(value: Any) -> Any:
+    """A JSON value with NULs dropped and lone surrogates replaced in every string: what no tokenizer should see."""
     if isinstance(value, str):
         return _UNREADABLE.sub(lambda found: "" if found[0] == "\x00" else "\ufffd", value)
     if isinstance(value, list):
-        return [_mend(part) for part in value]
+        return [mend(part) for part in value]
     if isinstance(value, dict):
-        return {key: _mend(part) for key, part in value.items()}
+        return {key: mend(part) for key, part in value.items()}
     return value

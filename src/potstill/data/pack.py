@@ -1,6 +1,7 @@
 """Packed rows: documents cut, shifted and laid side by side, on disk. The only place of the project that shifts.
 
-A piece is a run of (input token, target) pairs of one document; a row holds pieces as its segments, then padding.
+A piece is a run of (input token, target) pairs of one document; a row holds pieces as its segments, then padding. For
+masked language models pieces are framed by two special tokens, and nothing is shifted.
 Packing goes window by window, so that a corpus may be larger than memory and is read once. Refuses to open files that
 do not fit each other: training on half a file would look like training.
 """
@@ -23,10 +24,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from potstill.data.chat import Encoded
+from potstill.data.layout import Int64s, Layout, lay_out
 from potstill.errors import DataError
 from potstill.types import IGNORE, Batch
 
-__all__ = ["WINDOW_PIECES", "PackedRows", "PackedStats", "RowWriter", "plan_rows", "write_rows"]
+__all__ = ["WINDOW_PIECES", "PackedRows", "PackedStats", "RowWriter", "write_rows"]
 
 _STATS = "rows.json"
 _TOKENS = ("ids.npy", "targets.npy", "segments.npy")  # int32 [rows, sequence_length] each
@@ -42,7 +44,6 @@ WINDOW_PIECES = 2**18
 """Pieces that are packed together: enough that rows are full and well mixed, few enough to be planned in memory."""
 
 Int32s = NDArray[np.int32]
-Int64s = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +66,6 @@ class PackedStats:
         return self.tokens / (self.rows * self.sequence_length)
 
 
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """Row r holds the pieces `order[row_starts[r] : row_starts[r + 1]]`."""
-
-    row_starts: Int64s
-    order: Int64s
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.row_starts) - 1
-
-
 class RowWriter:
     """Packs documents into the rows of one folder as they come. The folder opens only once `finish` has returned.
 
@@ -85,18 +74,28 @@ class RowWriter:
     excepted, is a target exactly once. Pairs after a piece's last target teach nothing and are left out. Successive
     encodings of one id are one document.
 
+    With a `frame` (the ids of [CLS] and [SEP], say) a piece is the one, up to sequence_length - 2 tokens and the other.
+    Each token that is learned is its own target, once; those of the frame are none.
+
     Every `window` pieces are packed into rows by best fit, and these are shuffled by `seed`; a row holds pieces of one
     window only. Memory holds some bytes for each piece of a window, whatever the corpus; tokens pass through a file.
     """
 
     def __init__(
-        self, folder: Path, *, sequence_length: int, pad_id: int, seed: int = 0, window: int = WINDOW_PIECES
+        self,
+        folder: Path,
+        *,
+        sequence_length: int,
+        pad_id: int,
+        seed: int = 0,
+        window: int = WINDOW_PIECES,
+        frame: tuple[int, int] | None = None,
     ) -> None:
         """Begin a folder, which stops being one that opens. Raises OSError where it cannot be written."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _STATS).unlink(missing_ok=True)  # written last: without it the folder does not open
         self._folder, self._length, self._pad_id, self._window = folder, sequence_length, pad_id, window
-        self._random = np.random.default_rng(seed)
+        self._random, self._frame = np.random.default_rng(seed), frame
         self._lengths, self._documents = array("q"), array("q")  # of the window's pieces
         self._last_id: str | None = None
         self._counts: Counter[str] = Counter()
@@ -127,12 +126,12 @@ class RowWriter:
         """Take up one document. Raises OSError where the disk is full."""
         if document.id != self._last_id:
             self._name(document)
-        for piece in _cut(document, self._length):
+        for piece in _cut(document, self._length, self._frame):
             targets = np.flatnonzero(piece[1] != IGNORE)
             if not targets.size:
                 self._counts["dropped_pieces"] += 1
                 continue
-            length = int(targets[-1]) + 1
+            length = piece.shape[1] if self._frame else int(targets[-1]) + 1
             self._spool.write(piece[:, :length].tobytes())
             self._lengths.append(length)
             self._documents.append(self._counts["documents"] - 1)
@@ -173,7 +172,7 @@ class RowWriter:
         lengths, documents = _int64s(self._lengths), _int64s(self._documents)
         self._lengths, self._documents = array("q"), array("q")
         self._spool.flush()
-        layout = _lay_out(lengths, self._length, self._random)
+        layout = lay_out(lengths, self._length, self._random)
         tokens = np.memmap(self._folder / _SPOOL, dtype=np.int32, mode="r")
         for block in _row_blocks(tokens, lengths, layout, pad_id=self._pad_id, sequence_length=self._length):
             for name, part in zip(_TOKENS, block, strict=True):
@@ -204,6 +203,7 @@ def write_rows(
     pad_id: int,
     seed: int = 0,
     window: int = WINDOW_PIECES,
+    frame: tuple[int, int] | None = None,
 ) -> PackedStats:
     """Pack all documents into the rows of one folder, as `RowWriter` does.
 
@@ -211,38 +211,12 @@ def write_rows(
         DataError: nothing is to be learned in any document.
         OSError: the folder cannot be written, or the disk is full.
     """
-    with RowWriter(folder, sequence_length=sequence_length, pad_id=pad_id, seed=seed, window=window) as writer:
+    with RowWriter(
+        folder, sequence_length=sequence_length, pad_id=pad_id, seed=seed, window=window, frame=frame
+    ) as writer:
         for document in encoded:
             writer.add(document)
         return writer.finish()
-
-
-def plan_rows(lengths: Int64s, sequence_length: int) -> Int64s:
-    """The row of each piece: best fit, the longest first. int64 [pieces]; rows are numbered 0, 1, ... without gaps.
-
-    Every length is in 1..sequence_length. Each piece goes to a row with the least room that takes it: O(n log n).
-    """
-    row_of_piece = np.empty(len(lengths), dtype=np.int64)
-    rows_with_room: list[list[int]] = [[] for _ in range(sequence_length)]
-    open_rooms = 0  # bit r is set while some row has room for exactly r more positions
-    num_rows = 0
-    sizes = lengths.tolist()
-    for piece in np.argsort(-lengths, kind="stable").tolist():
-        fitting = open_rooms >> sizes[piece]
-        if fitting:
-            left = (fitting & -fitting).bit_length() - 1  # the lowest bit: the tightest fit
-            room = sizes[piece] + left
-            row = rows_with_room[room].pop()
-            if not rows_with_room[room]:
-                open_rooms ^= 1 << room
-        else:
-            row, left = num_rows, sequence_length - sizes[piece]
-            num_rows += 1
-        row_of_piece[piece] = row
-        if left:
-            rows_with_room[left].append(row)
-            open_rooms |= 1 << left
-    return row_of_piece
 
 
 class PackedRows:
@@ -313,29 +287,29 @@ class PackedRows:
             yield name, source
 
 
-def _cut(document: Encoded, sequence_length: int) -> Iterator[Int32s]:
+def _cut(document: Encoded, sequence_length: int, frame: tuple[int, int] | None) -> Iterator[Int32s]:
     """The pieces of a document, int32 [2, at most sequence_length]: inputs and targets. Here is the shift."""
     ids = np.asarray(document.ids, dtype=np.int32)
-    learn = np.asarray(document.learn, dtype=np.bool_)
-    pairs = np.stack([ids[:-1], np.where(learn[1:], ids[1:], np.int32(IGNORE))])
-    for start in range(0, pairs.shape[1], sequence_length):
-        yield pairs[:, start : start + sequence_length]
+    targets = np.where(np.asarray(document.learn, dtype=np.bool_), ids, np.int32(IGNORE))
+    if frame is None:
+        pairs, room = np.stack([ids[:-1], targets[1:]]), sequence_length
+    else:
+        pairs, room = np.stack([ids, targets]), sequence_length - 2
+    for start in range(0, pairs.shape[1], room):
+        piece = pairs[:, start : start + room]
+        yield (
+            piece
+            if frame is None
+            else np.hstack([[[frame[0]], [IGNORE]], piece, [[frame[1]], [IGNORE]]], dtype=np.int32)
+        )
 
 
 def _int64s(numbers: array[int]) -> Int64s:
     return np.frombuffer(numbers, dtype=np.int64)
 
 
-def _lay_out(lengths: Int64s, sequence_length: int, random: np.random.Generator) -> _Layout:
-    row_of_piece = plan_rows(lengths, sequence_length)
-    # The plan puts long pieces first. Shuffled, the first rows are a fair sample of the window.
-    row_of_piece = random.permutation(row_of_piece.max() + 1)[row_of_piece]
-    row_starts = np.concatenate([[0], np.cumsum(np.bincount(row_of_piece))])
-    return _Layout(row_starts, order=np.argsort(row_of_piece, kind="stable"))
-
-
 def _row_blocks(
-    tokens: Int32s, lengths: Int64s, layout: _Layout, *, sequence_length: int, pad_id: int
+    tokens: Int32s, lengths: Int64s, layout: Layout, *, sequence_length: int, pad_id: int
 ) -> Iterator[Int32s]:
     """Ids, targets and segments of successive rows, some rows at a time. int32 [3, rows, T]."""
     offsets = 2 * (np.cumsum(lengths) - lengths)

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from potstill.engines.insides import NOTHING, Insides, reading_insides
 from potstill.errors import ModelError
 from potstill.types import Batch, Head, Signal, States, StudentView, Wants
 
-__all__ = ["CausalReader", "TrainableCausal", "head_of", "probe", "read_causal"]
+__all__ = ["CausalReader", "TrainableCausal", "dense_logits", "distance", "head_of", "probe", "read_causal"]
 
 
 def head_of(model: Any) -> Head:
@@ -42,21 +43,22 @@ def head_of(model: Any) -> Head:
     return Head(layer.weight, layer.bias, scale, None if softcap is None else float(softcap))
 
 
-def read_causal(model: Any, batch: Batch, layers: tuple[int, ...] = ()) -> tuple[Tensor, dict[int, Tensor]]:
-    """Final hidden states [B, T, D] of a packed batch, and the hidden states {layer: [B, T, D]} that were asked for.
+def read_causal(model: Any, batch: Batch, wants: Wants = NOTHING) -> tuple[Tensor, Insides]:
+    """Final hidden states [B, T, D] of a packed batch, and what is wanted of what lies behind them.
 
-    Layer 0 is the embeddings' output, i the output of block i; the last one is after the final norm. Position ids that
-    start again are what tells the model where one document ends and the next begins.
+    Position ids that start again are what tells the model where one document ends and the next begins. Raises
+    ModelError as `reading_insides`, and where a vector for a whole text is wanted.
     """
-    body = model.base_model
-    output = body(
-        input_ids=batch.ids_BT,
-        position_ids=batch.positions_BT,
-        use_cache=False,
-        output_hidden_states=bool(layers),
-        return_dict=True,
-    )
-    return output.last_hidden_state, {layer: output.hidden_states[layer] for layer in layers}
+    if wants.pooled:
+        raise ModelError(
+            f"{type(model).__name__} is a causal language model, which has no vector for a text. Use a task such as "
+            "embedding, or losses over hidden states."
+        )
+    with reading_insides(model, wants) as insides:
+        output = model.base_model(
+            input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False, return_dict=True
+        )
+    return output.last_hidden_state, insides
 
 
 class CausalReader:
@@ -69,13 +71,14 @@ class CausalReader:
 
     @torch.inference_mode()
     def read(self, batch: Batch, wants: Wants) -> Signal:
-        """What the model says about `batch`, on the model's device."""
+        """What the model says about `batch` where it is to speak (`taught_BT`, else supervised), on its device."""
         batch = batch.to(self.model.device)
-        final_BTD, hidden = read_causal(self.model, batch, wants.layers)
-        if not wants.final:
-            return Signal(hidden=hidden)
-        head = head_of(self.model).sliced(self.vocabulary)
-        return Signal(States(final_BTD[batch.supervised_BT], head), hidden)
+        final_BTD, insides = read_causal(self.model, batch, wants)
+        logits = None
+        if wants.final:
+            taught_BT = batch.supervised_BT if batch.taught_BT is None else batch.taught_BT
+            logits = States(final_BTD[taught_BT], head_of(self.model).sliced(self.vocabulary))
+        return Signal(logits, insides.hidden, insides.attentions, insides.vectors)
 
 
 class TrainableCausal(nn.Module):
@@ -86,13 +89,14 @@ class TrainableCausal(nn.Module):
         super().__init__()
         self.module, self.precision = module, precision
 
-    def forward(self, batch: Batch, layers: tuple[int, ...] = ()) -> StudentView:
+    def forward(self, batch: Batch, wants: Wants = NOTHING) -> StudentView:
         """The student's view of `batch`; bfloat16 final states under bf16, so that the head runs on the same units."""
         low = self.precision == "bf16"
         with torch.autocast(batch.ids_BT.device.type, torch.bfloat16) if low else nullcontext():
-            final_BTD, hidden = read_causal(self.module, batch, layers)
-        final_ND = final_BTD[batch.supervised_BT]
-        return StudentView(final_ND.bfloat16() if low else final_ND, head_of(self.module), hidden)
+            final_BTD, insides = read_causal(self.module, batch, wants)
+        final_ND = final_BTD[batch.spoken_BT]
+        final_ND = final_ND.bfloat16() if low else final_ND
+        return StudentView(final_ND, head_of(self.module), insides.hidden, insides.attentions, insides.vectors)
 
 
 @torch.no_grad()
@@ -112,27 +116,28 @@ def probe(model: Any, key: str) -> None:
     final_BTD, _ = read_causal(model, packed)
     alone_BTD, _ = read_causal(model, second.to(model.device))
     logits_BTV = model(input_ids=packed.ids_BT[:, 5:], use_cache=False).logits.float()
-    ours_BTV = _dense_logits(alone_BTD, head_of(model))
+    ours_BTV = dense_logits(alone_BTD, head_of(model))
     model.train(was_training)
     name, tolerance = type(model).__name__, 0.05 if model.dtype == torch.bfloat16 else 1e-3
-    if not _distance(ours_BTV, logits_BTV) <= tolerance:
+    if not distance(ours_BTV, logits_BTV) <= tolerance:
         raise ModelError(
             f"{key}: the logits of {name} are not its output layer applied to its final hidden states (relative "
-            f"difference {_distance(ours_BTV, logits_BTV):.2g}). potstill cannot distil it exactly; use another model."
+            f"difference {distance(ours_BTV, logits_BTV):.2g}). potstill cannot distil it exactly; use another model."
         )
-    if not _distance(final_BTD[:, 5:].float(), alone_BTD.float()) <= tolerance:
+    if not distance(final_BTD[:, 5:].float(), alone_BTD.float()) <= tolerance:
         raise ModelError(
             f"{key}: {name} lets documents that share a packed row see each other (it ignores position_ids that start "
             "again). Use another model, or another attention implementation."
         )
 
 
-def _dense_logits(hidden_BTD: Tensor, head: Head) -> Tensor:
+def dense_logits(hidden_BTD: Tensor, head: Head) -> Tensor:
+    """softcap(scale * (hidden @ weight^T + bias)), float32 [..., V], for a handful of states [..., D]."""
     bias_V = 0.0 if head.bias_V is None else head.bias_V.float()
     logits_BTV = head.scale * (hidden_BTD.float() @ head.weight_VD.float().T + bias_V)
     return logits_BTV if head.softcap is None else head.softcap * (logits_BTV / head.softcap).tanh()
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
-    """Relative difference: bfloat16 rounding alone makes up to a few percent of it. NaN where either is not finite."""
+def distance(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||b||: bfloat16 rounding alone makes up to a few percent of it. NaN where either is not finite."""
     return float((a - b).norm() / b.norm().clamp_min(1e-9))

@@ -23,7 +23,16 @@ from potstill.engines.causal import CausalReader, probe
 from potstill.errors import ModelError
 from potstill.types import Batch, Offer, Sampling, Signal, Wants
 
-__all__ = ["DTYPES", "LocalEngine", "find_folder", "load_config", "load_model", "load_tokenizer", "pick_device"]
+__all__ = [
+    "DTYPES",
+    "LocalEngine",
+    "find_folder",
+    "load_config",
+    "load_model",
+    "load_part",
+    "load_tokenizer",
+    "pick_device",
+]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -52,18 +61,22 @@ def find_folder(model: str) -> Path | None:
 
 def load_config(model: str, key: str) -> Any:
     """The model's config. Raises ModelError naming the recipe key."""
-    return _load(AutoConfig.from_pretrained, model, key)
+    return load_part(AutoConfig.from_pretrained, model, key)
 
 
 def load_tokenizer(model: str, key: str) -> Any:
     """The model's tokenizer. Raises ModelError naming the recipe key."""
-    return _load(AutoTokenizer.from_pretrained, model, key)
+    return load_part(AutoTokenizer.from_pretrained, model, key)
 
 
-def load_model(model: str, dtype: str, device: torch.device, key: str) -> Any:
-    """A causal language model with all its weights, probed (see `causal.probe`). Raises ModelError naming the key."""
-    loaded, notes = _load(
-        AutoModelForCausalLM.from_pretrained, model, key, dtype=DTYPES[dtype], output_loading_info=True
+def load_model(model: str, dtype: str, device: torch.device, key: str, *, eager: bool = False) -> Any:
+    """A causal language model with all its weights, probed (see `causal.probe`). Raises ModelError naming the key.
+
+    `eager` is for attention maps (see `insides.needs_eager`).
+    """
+    options = {"attn_implementation": "eager"} if eager else {}
+    loaded, notes = load_part(
+        AutoModelForCausalLM.from_pretrained, model, key, dtype=DTYPES[dtype], output_loading_info=True, **options
     )
     missing = sorted(notes["missing_keys"])
     if missing:
@@ -79,13 +92,18 @@ def load_model(model: str, dtype: str, device: torch.device, key: str) -> Any:
 class LocalEngine:
     """A model of this process as an `Engine`: reads with hidden states and head, generates with a batched KV cache."""
 
-    offers = frozenset({Offer.TEXT, Offer.TOP_LOGPROBS, Offer.LOGITS, Offer.HIDDEN})
+    offers = frozenset({Offer.TEXT, Offer.TOP_LOGPROBS, Offer.LOGITS, Offer.HIDDEN, Offer.ATTENTION, Offer.VECTORS})
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         """`model` and `tokenizer` as `load_model` and `load_tokenizer` give them."""
         self.model, self.tokenizer = model, tokenizer
         named = 1 + max(tokenizer.get_vocab().values())  # its length is less where numbers are left out
         self._reader = CausalReader(model, min(named, model.get_output_embeddings().weight.shape[0]))
+
+    @property
+    def models(self) -> tuple[Any, ...]:
+        """The model, as the only one."""
+        return (self.model,)
 
     @property
     def vocabulary(self) -> int:
@@ -148,7 +166,8 @@ class LocalEngine:
         return [str(text) for text in texts]
 
 
-def _load(loader: Any, model: str, key: str, **options: Any) -> Any:
+def load_part(loader: Any, model: str, key: str, **options: Any) -> Any:
+    """What `loader`, a `from_pretrained`, makes of a folder or hub id. Raises ModelError naming the recipe key."""
     try:
         return loader(_locate(model), **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:

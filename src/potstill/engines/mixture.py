@@ -6,6 +6,7 @@ Refuses a document on which no member has a say, naming its source.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from potstill.engines.local import LocalEngine
 from potstill.errors import RecipeError
 from potstill.types import Batch, Mixture, Sampling, Signal, States, Wants
 
-__all__ = ["MixtureEngine", "TeacherEngine", "models_of", "shares_of"]
+__all__ = ["MixtureEngine", "shares_of"]
 
 
 def shares_of(weights: Sequence[float], source: str) -> list[float]:
@@ -30,7 +31,7 @@ def shares_of(weights: Sequence[float], source: str) -> list[float]:
 
 
 class MixtureEngine:
-    """Engines of one vocabulary as one `Engine`; members read one after another, the first gives the hidden states."""
+    """Engines of one vocabulary as one `Engine`; members read one after another, the first gives all but the logits."""
 
     offers = LocalEngine.offers
 
@@ -42,8 +43,13 @@ class MixtureEngine:
         self.model, self.tokenizer = members[0].model, members[0].tokenizer
         self._shares, self._weigh = shares_of(weights, ""), weigh
 
+    @property
+    def models(self) -> tuple[Any, ...]:
+        """The members' models."""
+        return tuple(member.model for member in self.members)
+
     def read(self, batch: Batch, wants: Wants) -> Signal:
-        """What the members say together about `batch`, and the first member's hidden states; no gradient.
+        """What the members say together about `batch`, and what lies behind the first one's answers; no gradient.
 
         The distribution at a position is sum_m w_m p_m, w the weights for its document's source. Raises ValueError
         where the batch does not know its sources, RecipeError where all weights for one of them are 0.
@@ -55,7 +61,7 @@ class MixtureEngine:
         states = [cast(States, signal.logits) for signal in (first, *others)]
         vocabulary = min(one.head.vocabulary for one in states)
         weights_NM = self._weights(batch).to(states[0].rows_ND.device)
-        return Signal(Mixture(tuple(one.sliced(vocabulary) for one in states), weights_NM), first.hidden)
+        return replace(first, logits=Mixture(tuple(one.sliced(vocabulary) for one in states), weights_NM))
 
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
         """As `LocalEngine.generate`, each token from the mean of the members' probabilities.
@@ -70,7 +76,7 @@ class MixtureEngine:
             hook.remove()
 
     def _weights(self, batch: Batch) -> Tensor:
-        """The members' weights at every supervised position, in batch order. float32 [N, M]."""
+        """The members' weights at every position at which they speak, in batch order. float32 [N, M]."""
         if len(batch.sources) != len(batch):
             raise ValueError(
                 f"the batch has {len(batch)} rows and the sources of {len(batch.sources)}: needs Batch.sources, from "
@@ -78,19 +84,9 @@ class MixtureEngine:
             )
         shares_SM = torch.tensor([shares_of(self._weigh(name), name) for row in batch.sources for name in row])
         starts_B = torch.tensor([0, *map(len, batch.sources)]).cumsum(0)
-        supervised_BT = batch.supervised_BT.cpu()
-        rows_N = supervised_BT.nonzero(as_tuple=True)[0]
-        return shares_SM[starts_B[rows_N] + batch.segments_BT.cpu()[supervised_BT] - 1]
-
-
-TeacherEngine = LocalEngine | MixtureEngine
-"""The engines that can teach."""
-
-
-def models_of(engine: TeacherEngine) -> tuple[Any, ...]:
-    """The models behind an engine."""
-    members = engine.members if isinstance(engine, MixtureEngine) else (engine,)
-    return tuple(member.model for member in members)
+        taught_BT = (batch.supervised_BT if batch.taught_BT is None else batch.taught_BT).cpu()
+        rows_N = taught_BT.nonzero(as_tuple=True)[0]
+        return shares_SM[starts_B[rows_N] + batch.segments_BT.cpu()[taught_BT] - 1]
 
 
 class _Mixing:

@@ -2,7 +2,7 @@
 
 from potstill.losses.blocks import logit_blocks
 from potstill.losses.chunked import distillation_loss
-from potstill.losses.combine import HeadLoss, Objective, Ramp, Schedule
+from potstill.losses.combine import FeatureLoss, HeadLoss, Objective, Ramp, Schedule
 from potstill.losses.compiling import can_compile
 from potstill.losses.divergence import (
     DIVERGENCES,
@@ -19,7 +19,7 @@ from potstill.losses.divergence import (
     symmetric_kl,
     total_variation,
 )
-from potstill.losses.feature import HiddenLoss, hidden_cosine, hidden_mse
+from potstill.losses.feature import HiddenLoss, PooledLoss, hidden_cosine, hidden_mse
 from potstill.losses.relation import (
     AttentionVectors,
     attention_kl,
@@ -34,18 +34,24 @@ from potstill.losses.relation import (
 )
 from potstill.losses.scores import head_logits, position_scores
 from potstill.losses.sparse import tail_bucket_kl
+from potstill.losses.structure import AttentionLoss, SimilarityLoss, VectorsLoss
 from potstill.losses.terms import HeadTerm
 
 __all__ = [
     "DIVERGENCES",
+    "AttentionLoss",
     "AttentionVectors",
     "Divergence",
+    "FeatureLoss",
     "HeadLoss",
     "HeadTerm",
     "HiddenLoss",
     "Objective",
+    "PooledLoss",
     "Ramp",
     "Schedule",
+    "SimilarityLoss",
+    "VectorsLoss",
     "adaptive_kl",
     "alpha_beta",
     "attention_kl",

@@ -1,4 +1,4 @@
-"""Head and divergence in one: the loss over a vocabulary without ever holding all its logits.
+"""Head and divergence in one: the loss over a vocabulary without ever holding all its logits; over classes, with them.
 
 Rows go through the head in chunks of a fixed number of bytes; each chunk's gradient is taken at once, in the forward
 pass, so that only a few blocks of logits live at a time. Logits and softmax are float32 (float64 for float64 inputs),
@@ -25,7 +25,7 @@ from potstill.losses.compiling import KERNELS, compile_varying, worth_compiling
 from potstill.losses.fitting import refuse_misfits
 from potstill.losses.sides import Dense, Finish, Form, Side, open_logits
 from potstill.losses.terms import HeadTerm
-from potstill.types import Head, LossSum, States, TeacherLogits
+from potstill.types import Head, Logits, LossSum, States, TeacherLogits
 
 __all__ = ["distillation_loss"]
 
@@ -39,7 +39,7 @@ SCALED_BYTES = 4 << 20
 
 
 def distillation_loss(
-    student: States,
+    student: States | Logits,
     targets_N: Tensor | None,
     terms: Sequence[HeadTerm],
     *,
@@ -52,7 +52,8 @@ def distillation_loss(
         sum_n weights_n sum_terms weight T^2 divergence(teacher_n, student_n)
 
     student    final hidden states [N, d_s] of the supervised positions, any float dtype, and the head [V, d_s]. With
-               bfloat16 states the products run on bfloat16 units, with float32 results
+               bfloat16 states the products run on bfloat16 units, with float32 results. Or Logits [N, C] of few
+               classes: the same values, with torch's own gradient through all of them at once, never compiled
     targets_N  int64 [N], the tokens that came; None where no term asks for them
     teacher    States of any width d_t whose head has as many rows (slice padded heads first: `Head.sliced`), a Mixture
                of several, SparseLogits at the terms' temperature, or Logits
@@ -69,6 +70,8 @@ def distillation_loss(
     """
     refuse_misfits(student, targets_N, terms, teacher=teacher, weights_N=weights_N)
     teacher = teacher if any(term.needs_teacher for term in terms) else None  # hard labels must not pay for one
+    if isinstance(student, Logits):
+        return _dense(student, _Job(Finish(1.0, None), targets_N, tuple(terms), teacher, weights_N, False))
     rows_ND, head = student.rows_ND, student.head
     if compiled is None:
         compiled = worth_compiling(rows_ND.shape[0] * head.vocabulary, rows_ND.device.type)
@@ -79,6 +82,19 @@ def distillation_loss(
     with torch.autograd.graph.disable_saved_tensors_hooks(HOOKED):
         total, sums = cast(tuple[Tensor, Tensor], _ChunkedLoss.apply(*learned, job))  # type: ignore[no-untyped-call]
     return LossSum(total, rows_ND.shape[0], {term.name: sums[i] for i, term in enumerate(terms)})
+
+
+def _dense(student: Logits, job: _Job) -> LossSum:
+    """The same definition on all logits at once, with torch's own gradient."""
+    wide = torch.promote_types(student.logits_NV.dtype, torch.float32)
+    rows_NV, everything = student.logits_NV.to(wide), slice(None)
+    with torch.no_grad():
+        teacher = None if job.teacher is None else open_logits(job.teacher, wide)
+        parts = () if teacher is None else teacher.parts(everything, teacher.buffers(len(rows_NV)))
+    kernel = job.kernel(teacher.form if teacher else None, with_gradient=False, in_place=False)
+    said, hard = (parts, teacher.shared if teacher else ()), (job.targets_N, job.weights_N)
+    total, sums = kernel(rows_NV, None, said, hard, job.numbers(rows_NV), ())
+    return LossSum(total, len(rows_NV), {term.name: sums[i].detach() for i, term in enumerate(job.terms)})
 
 
 @dataclass(frozen=True, slots=True)

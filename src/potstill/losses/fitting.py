@@ -18,7 +18,7 @@ MASS_ERROR = 1e-2
 
 
 def refuse_misfits(
-    student: States,
+    student: States | Logits,
     targets_N: Tensor | None,
     terms: Sequence[HeadTerm],
     *,
@@ -30,13 +30,12 @@ def refuse_misfits(
     teacher = teacher if any(term.needs_teacher for term in terms) else None
     _refuse_terms(terms, targets_N, teacher)
     _refuse_devices(student, targets_N=targets_N, weights_N=weights_N, teacher=teacher)
-    rows = student.rows_ND.shape[0]
-    _refuse_states("student", student, rows)
-    _refuse_per_row(targets_N, weights_N, student)
+    rows, vocabulary = _refuse_student(student)
+    _refuse_per_row(targets_N, weights_N, rows, vocabulary)
     if isinstance(teacher, SparseLogits):
-        _refuse_sparse(teacher, terms, rows, student.head.vocabulary)
+        _refuse_sparse(teacher, terms, rows, vocabulary)
     elif teacher is not None:
-        _refuse_teacher("teacher", teacher, student)
+        _refuse_teacher("teacher", teacher, rows, vocabulary)
 
 
 def refuse_unscorable(arm: States | Mixture, teacher: States | Mixture, targets_N: Tensor) -> None:
@@ -45,14 +44,24 @@ def refuse_unscorable(arm: States | Mixture, teacher: States | Mixture, targets_
         if not isinstance(side, States | Mixture):
             raise ValueError(f"the {role} is a {type(side).__name__}: scores need whole distributions.")
     first = arm if isinstance(arm, States) else arm.members[0]
-    _refuse_states("arm", first, first.rows_ND.shape[0])
-    _refuse_per_row(targets_N, None, first)
-    _refuse_teacher("arm", arm, first)
-    _refuse_teacher("teacher", teacher, first)
+    rows, vocabulary = _refuse_student(first, "arm")
+    _refuse_per_row(targets_N, None, rows, vocabulary)
+    _refuse_teacher("arm", arm, rows, vocabulary)
+    _refuse_teacher("teacher", teacher, rows, vocabulary)
 
 
-def _refuse_per_row(targets_N: Tensor | None, weights_N: Tensor | None, student: States) -> None:
-    rows, vocabulary = student.rows_ND.shape[0], student.head.vocabulary
+def _refuse_student(student: States | Logits, role: str = "student") -> tuple[int, int]:
+    """How many rows and tokens it has."""
+    if isinstance(student, States):
+        _refuse_states(role, student, student.rows_ND.shape[0])
+        return student.rows_ND.shape[0], student.head.vocabulary
+    shape, dtype = tuple(student.logits_NV.shape), student.logits_NV.dtype
+    if len(shape) != 2 or not shape[1] or not dtype.is_floating_point:
+        raise ValueError(f"the {role}'s logits are {shape}, {dtype}: needs floats [N, C], at least one class.")
+    return shape[0], shape[1]
+
+
+def _refuse_per_row(targets_N: Tensor | None, weights_N: Tensor | None, rows: int, vocabulary: int) -> None:
     for name, values_N in (("targets_N", targets_N), ("weights_N", weights_N)):
         if values_N is not None and values_N.shape != (rows,):
             raise ValueError(f"{name} {tuple(values_N.shape)} does not fit the student's {rows} rows: needs [N].")
@@ -67,17 +76,17 @@ def _refuse_per_row(targets_N: Tensor | None, weights_N: Tensor | None, student:
         )
 
 
-def _refuse_kinds(student: States, terms: Sequence[HeadTerm]) -> None:
-    if not isinstance(student, States):
-        raise ValueError(f"student is a {type(student).__name__}: needs States(rows_ND, Head(weight_VD)).")
+def _refuse_kinds(student: States | Logits, terms: Sequence[HeadTerm]) -> None:
+    if not isinstance(student, States | Logits):
+        raise ValueError(f"student is a {type(student).__name__}: needs States(rows_ND, Head(weight_VD)), or Logits.")
     if not all(isinstance(term, HeadTerm) for term in terms):
         raise ValueError(f"terms {terms} are not all HeadTerms: needs for example [HeadTerm('forward_kl')].")
 
 
-def _refuse_devices(student: States, **others: Tensor | TeacherLogits | None) -> None:
+def _refuse_devices(student: States | Logits, **others: Tensor | TeacherLogits | None) -> None:
     """Names the first part that is elsewhere: torch would say so in the middle of a product."""
-    device = student.rows_ND.device
-    for name, part in (("the student's head", student.head.weight_VD), *others.items()):
+    device = _tensors(student)[0].device
+    for name, part in (("the student's head", student), *others.items()):
         for tensor in _tensors(part):
             if tensor.device != device:
                 raise ValueError(f"{name} is on {tensor.device}, the student's rows are on {device}: move one of them.")
@@ -139,25 +148,23 @@ def _refuse_shards(role: str, head: Head) -> None:
         )
 
 
-def _refuse_teacher(role: str, teacher: States | Mixture | Logits, student: States) -> None:
-    rows = student.rows_ND.shape[0]
+def _refuse_teacher(role: str, teacher: States | Mixture | Logits, rows: int, vocabulary: int) -> None:
     if isinstance(teacher, Logits):
-        needed = rows, student.head.vocabulary
-        if tuple(teacher.logits_NV.shape) != needed or not teacher.logits_NV.is_floating_point():
+        if tuple(teacher.logits_NV.shape) != (rows, vocabulary) or not teacher.logits_NV.is_floating_point():
             raise ValueError(
                 f"the {role}'s logits {tuple(teacher.logits_NV.shape)}, {teacher.logits_NV.dtype}, do not fit the "
-                f"student's {needed[0]} rows and {needed[1]} tokens: needs floats [N, V]."
+                f"student's {rows} rows and {vocabulary} tokens: needs floats [N, V]."
             )
         return
     if isinstance(teacher, Mixture):
         _refuse_weights(teacher, rows)
         for number, member in enumerate(teacher.members):
-            _refuse_teacher(f"{role}'s member {number}", member, student)
+            _refuse_teacher(f"{role}'s member {number}", member, rows, vocabulary)
         return
     _refuse_states(role, teacher, rows)
-    if teacher.head.vocabulary != student.head.vocabulary:
+    if teacher.head.vocabulary != vocabulary:
         raise ValueError(
-            f"the heads of the student and the {role} have {student.head.vocabulary} and {teacher.head.vocabulary} "
+            f"the heads of the student and the {role} have {vocabulary} and {teacher.head.vocabulary} "
             "tokens: slice both to the shared ones with Head.sliced."
         )
 

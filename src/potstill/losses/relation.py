@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Literal
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from potstill.losses.divergence import forward_kl
+from potstill.types import AttentionVectors
 
 __all__ = [
     "AttentionVectors",
@@ -111,18 +111,6 @@ def _check_probabilities(role: str, map_MHT: Tensor) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- MiniLM
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionVectors:
-    """What an attention layer makes of its input, as its products use them (after any rotary embedding).
-
-    queries_BHTE float [B, H, T, E]; keys_BGTE and values_BGTE float [B, G, T, E], where G divides H (grouped queries).
-    """
-
-    queries_BHTE: Tensor
-    keys_BGTE: Tensor
-    values_BGTE: Tensor
 
 
 def relation_kl(

@@ -6,48 +6,51 @@ Refuses to keep a teacher in memory that nobody asks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 
 from potstill.data import PackedRows
-from potstill.engines import load_model, load_tokenizer, models_of, pick_device
+from potstill.engines import load_tokenizer, models_of, needs_eager
+from potstill.engines.local import load_config
+from potstill.losses import Objective
 from potstill.pipeline import build
+from potstill.pipeline.answers import open_answers
 from potstill.pipeline.capture import HELD_OUT_LESSONS, open_reader, validated_at_once
-from potstill.pipeline.lessons import Inputs, open_lessons, read_lessons
-from potstill.pipeline.memory import keep_freed_memory
-from potstill.pipeline.metrics import MetricsLog, start_trackers
+from potstill.pipeline.cast import cast_of
+from potstill.pipeline.course import Course, begin, take
+from potstill.pipeline.lessons import Inputs, open_lessons
+from potstill.pipeline.objective import Answers, build_examiner, build_objective, terms_of, wants_of
 from potstill.pipeline.places import STUDENT
-from potstill.pipeline.progress import Meter, metered
+from potstill.pipeline.rows import held_out_batches, held_out_lessons, open_rows
 from potstill.pipeline.rundir import Stage
 from potstill.pipeline.stopping import Stopping
+from potstill.pipeline.tutor import labelled_rows
 from potstill.recipes import Recipe
-from potstill.students import save_student
-from potstill.training import Callbacks, CheckpointStore, RowSource, Training, train
-from potstill.types import Batch, Lesson, Reader
+from potstill.recipes.schema import RecordedTeacher
+from potstill.students import save_sentence_encoder, save_student
+from potstill.training import RowSource
+from potstill.types import Batch, Lesson, Reader, Role
 
-__all__ = ["Arm", "Inputs", "train_arm"]
+__all__ = ["Arm", "Inputs", "Lessons", "lessons_for", "open_teacher", "train_arm"]
 
 Arm = Literal["student", "control"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Lessons:
+class Lessons:
     """Where the arm's lessons come from.
 
     teacher   who speaks, None where the arm asks nobody
-    mark      where a teacher speaks who does not everywhere
+    prepare   what is done to a batch before, given the number of rows drawn before it
     held_out  validation lessons
     models    what runs in every step, to be compiled
     """
 
     teacher: Reader | None
-    mark: Callable[[Batch], Batch] | None
+    prepare: Callable[[Batch, int], Batch] | None
     held_out: list[Lesson]
     models: tuple[Any, ...] = ()
 
@@ -55,96 +58,117 @@ class _Lessons:
 def train_arm(recipe: Recipe, stage: Stage, inputs: Inputs, arm: Arm, *, stopping: Stopping) -> None:
     """Train the student, or the control arm: same initial weights, same batches, hard labels alone.
 
-    Raises Interrupted, after saving, when somebody asks to stop while it trains.
+    Where texts are unlabelled, the control arm takes as many steps, on the labelled ones. Raises Interrupted, after
+    saving, when somebody asks to stop while it trains.
     """
-    keep_freed_memory()
-    set_seed(recipe.seed)
-    rows = PackedRows(inputs.prepared / "train")
-    plan = build.build_plan(recipe, rows)
-    training, student = _assemble(recipe, inputs, arm, rows, steps=plan.steps)
-    store = CheckpointStore(stage.folder / "checkpoints", recipe.training.checkpoint.keep)
-    trackers = start_trackers(recipe.training.trackers, f"{recipe.name}-{arm}", stage.folder)
-    log = MetricsLog(stage.folder / "metrics.jsonl", trackers)
-    tokens_a_step = recipe.training.batch_rows * recipe.data.sequence_length
-    # Closed however the training ends: a tracker holds back what was logged last.
-    with closing(log), metered(f"train {arm}", plan.steps * tokens_a_step, "tokens") as meter, stopping.held():
-        train(training, plan, store, _callbacks(log, meter, tokens_a_step, stopping=stopping))
+    course, student, tokenizer, overlong = _assemble(recipe, inputs, arm)
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else None
-    save_student(student, load_tokenizer(str(inputs.initial / STUDENT), "student"), stage.folder / STUDENT, dtype)
-    stage.finish(
-        STUDENT, "metrics.jsonl", steps=plan.steps, tokens=training.positions, seconds=round(training.seconds, 3)
+
+    def save() -> list[str]:
+        save_student(student, tokenizer, stage.folder / STUDENT, dtype)
+        if Role(recipe.task.kind) is Role.ENCODER:
+            own = cast_of(recipe)
+            save_sentence_encoder(
+                stage.folder / STUDENT, pooling=own.pooling, normalise=own.normalise, length=own.length
+            )
+        return [STUDENT]
+
+    take(
+        course,
+        recipe.training,
+        stage,
+        label=f"train {arm}",
+        tracked=f"{recipe.name}-{arm}",
+        stopping=stopping,
+        save=save,
+        facts=overlong,
     )
-    store.clear()  # not before the stage is finished: until then they are what a crash would continue from
 
 
-def _assemble(recipe: Recipe, inputs: Inputs, arm: Arm, rows: PackedRows, *, steps: int) -> tuple[Training, Any]:
-    """All parts of the training, and the student's model itself, which is what is saved at the end."""
-    device = pick_device(recipe.training.device, "training.device")
-    if device.index is not None:
-        torch.cuda.set_device(device)  # accelerate takes the current one
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    student = load_model(str(inputs.initial / STUDENT), "fp32", accelerator.device, "student")
-    objective = build.build_objective(
-        build.terms_of(recipe, arm),
-        inputs.vocabulary,
-        student.config,
-        build.teacher_config(recipe),
-        everywhere=recipe.signals.everywhere,
-    ).to(accelerator.device)
-    asks = bool(objective.needs)
-    if inputs.captured:
-        lessons = _stored_lessons(recipe, inputs, accelerator.device, asks=asks)
-    else:
-        lessons = _online(recipe, inputs, asks=asks)
+def _assemble(recipe: Recipe, inputs: Inputs, arm: Arm) -> tuple[Course, Any, Any, dict[str, int]]:
+    """All parts of the training; the student's model itself, which is what is saved; its tokenizer; facts."""
+    settings = recipe.training
+    accelerator = begin(settings, recipe.seed)
+    role, folder = cast_of(recipe, inputs.prepared), str(inputs.initial / STUDENT)
+    configs = load_config(folder, "student"), build.teacher_config(recipe)
+    answers = Answers.of(recipe, inputs.vocabulary)
+    objective = build_objective(terms_of(recipe, arm), answers, *configs).to(accelerator.device)
+    examiner = build_examiner(answers, *configs)
+    tokenizer = load_tokenizer(folder, "student")
+    student = role.load(folder, "fp32", accelerator.device, "student", eager=needs_eager(objective.wants()[0]))
+    rows = open_rows(recipe, role, inputs.prepared, tokenizer=tokenizer, batch_rows=settings.batch_rows)
+    steps = build.count_steps(recipe, len(rows))
+    if arm == "control":
+        rows = labelled_rows(rows, role, settings.batch_rows, "control.enabled: true")
+    lessons = lessons_for(recipe, inputs, (objective, examiner), tokenizer=tokenizer, device=accelerator.device)
     build.compile_blocks(recipe, steps, student, lessons.models)
-    training = Training(
-        build.build_trainable(recipe, student),
-        objective,
-        RowSource(
-            rows,
-            seed=recipe.seed,
-            batch_rows=recipe.training.batch_rows,
-            rows_at_once=recipe.training.rows_at_once,
-            teacher=lessons.teacher,
-            wants=build.wants_of(objective),
-            mark=lessons.mark,
-            rank=(accelerator.process_index, accelerator.num_processes),
-        ),
-        accelerator,
-        lessons.held_out,
-        build.build_examiner(inputs.vocabulary),
+    source = RowSource(
+        rows.rows,
+        seed=recipe.seed,
+        batch_rows=settings.batch_rows,
+        rows_at_once=settings.rows_at_once,
+        teacher=lessons.teacher,
+        wants=wants_of(objective),
+        order=rows.order,
+        prepare=rows.prepare or lessons.prepare,
+        rank=(accelerator.process_index, accelerator.num_processes),
     )
-    return training, student
+    trainable = build.build_trainable(recipe, student)
+    held_out = lessons.held_out
+    units = settings.batch_rows * (1 if recipe.over_texts else recipe.data.sequence_length)
+    unit = "texts" if recipe.over_texts else "tokens"
+    course = Course(trainable, objective, source, accelerator, steps, held_out, examiner, units, unit)
+    return course, student, tokenizer, rows.facts
 
 
-def _online(recipe: Recipe, inputs: Inputs, *, asks: bool) -> _Lessons:
-    """Lessons of a teacher in this process; one who is asked about held-out rows only is let go after that."""
-    teacher = build.build_teacher(recipe)
-    held_out = PackedRows(inputs.prepared / "validation")
-    most, at_once = recipe.training.validation_rows, validated_at_once(recipe)
-    validation = list(read_lessons(teacher, held_out, most, at_once=at_once))
-    return _Lessons(teacher if asks else None, None, validation, models_of(teacher) if asks else ())
+def lessons_for(
+    recipe: Recipe,
+    inputs: Inputs,
+    objectives: tuple[Objective, Objective],
+    *,
+    tokenizer: Any,
+    device: torch.device,
+) -> Lessons:
+    """Lessons of the recipe's teacher for a student with this tokenizer: beside it, stored, or recorded.
+
+    `objectives` are the student's own and the examiner's. Of a teacher in this process who is asked about held-out rows
+    only, nothing is kept after that.
+    """
+    objective, examiner = objectives
+    asks, role = bool(objective.needs), cast_of(recipe, inputs.prepared)
+    if inputs.captured and role.causal:
+        return _stored_lessons(recipe, inputs, device, asks=asks)
+    teacher, models = open_teacher(recipe, inputs, eager=needs_eager(wants_of(objective)))
+    batches = held_out_batches(
+        recipe,
+        role,
+        inputs.prepared,
+        tokenizer=tokenizer,
+        most=recipe.training.validation_rows,
+        at_once=validated_at_once(recipe),
+        split="validation",
+    )
+    held_out = held_out_lessons(batches, teacher, wants_of(examiner))
+    return Lessons(teacher if asks else None, None, held_out, models if asks else ())
 
 
-def _stored_lessons(recipe: Recipe, inputs: Inputs, device: torch.device, *, asks: bool) -> _Lessons:
+def open_teacher(recipe: Recipe, inputs: Inputs, *, eager: bool = False) -> tuple[Reader, tuple[Any, ...]]:
+    """Who speaks, and the models that this takes."""
+    if isinstance(recipe.teacher, RecordedTeacher):
+        return build.open_recorded(recipe.teacher, cast_of(recipe, inputs.prepared)), ()
+    if inputs.captured:
+        return open_answers(recipe, inputs.captured), ()
+    teacher = build.build_teacher(recipe, inputs.prepared, eager=eager)
+    return teacher, models_of(teacher)
+
+
+def _stored_lessons(recipe: Recipe, inputs: Inputs, device: torch.device, *, asks: bool) -> Lessons:
     """Lessons of a teacher who has spoken: no model of it is loaded."""
     captured = cast(Path, inputs.captured)
     rows = PackedRows(inputs.prepared / "validation")
     most, at_once = recipe.training.validation_rows, validated_at_once(recipe)
     validation = open_lessons(captured / HELD_OUT_LESSONS, rows, most, at_once=at_once, device=device)
     if not asks:
-        return _Lessons(None, None, validation)
+        return Lessons(None, None, validation)
     reader = open_reader(recipe, captured, device)
-    return _Lessons(reader, None if recipe.signals.everywhere else reader.mark, validation)
-
-
-def _callbacks(log: MetricsLog, meter: Meter, tokens_a_step: int, *, stopping: Stopping) -> Callbacks:
-    def rewind(step: int) -> None:
-        log.rewind(step)
-        meter.skip(step * tokens_a_step)
-
-    def after_step(line: dict[str, Any]) -> None:
-        log.log(line)
-        meter.advance(tokens_a_step, f"loss {line['loss']:.3f}")
-
-    return Callbacks(after_step, stopping.asked, rewind)
+    return Lessons(reader, None if recipe.signals.everywhere else lambda batch, _: reader.mark(batch), validation)

@@ -7,107 +7,153 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
-from potstill.data import PackedRows
 from potstill.engines import (
-    LocalEngine,
+    EnsembleEngine,
     MixtureEngine,
-    TeacherEngine,
-    TrainableCausal,
-    load_model,
+    RecordedReader,
     load_tokenizer,
     pick_device,
+    read_recorded,
     shares_of,
 )
 from potstill.engines.local import load_config
 from potstill.errors import ModelError, RecipeError
-from potstill.losses import HeadLoss, HeadTerm, HiddenLoss, Objective, Ramp, Schedule, can_compile
+from potstill.losses import can_compile
+from potstill.pipeline.cast import Cast, cast_of
 from potstill.pipeline.places import resolve_model
-from potstill.recipes.losses import (
-    ConstantRamp,
-    CosineRamp,
-    CrossEntropy,
-    HiddenCosine,
-    HiddenMSE,
-    LinearRamp,
-    LossTerm,
-    SoftTerm,
-    VocabularyTerm,
-)
 from potstill.recipes.schema import (
     CosineSchedule,
+    FinetuneTeacher,
     FreshStudent,
     LayersStudent,
+    LinearSchedule,
     LocalTeacher,
     Member,
     MixtureTeacher,
     Recipe,
+    RecordedTeacher,
+    RunTeacher,
+    Training,
     WSDSchedule,
 )
-from potstill.students import cut_layers, even_layers, fresh_model
+from potstill.students import cut_layers, even_layers, fresh_model, to_distilbert
 from potstill.students.blocks import find_blocks
 from potstill.training import Plan, learning_rate_factor
-from potstill.types import Offer, Wants
+from potstill.types import Role
 
 __all__ = [
     "blank_model",
     "build_engine",
-    "build_examiner",
-    "build_objective",
     "build_plan",
     "build_stand_in",
     "build_teacher",
     "build_trainable",
-    "check_losses",
     "check_sources",
     "compile_blocks",
     "count_steps",
-    "fixed",
+    "open_recorded",
+    "ready_labels",
+    "steps_of",
     "teacher_config",
     "teachers_of",
-    "terms_of",
-    "wants_of",
 ]
+
+AUTO_CLASSES = {
+    Role.CAUSAL: AutoModelForCausalLM,
+    Role.MASKED: AutoModelForMaskedLM,
+    Role.CLASSIFIER: AutoModelForSequenceClassification,
+    Role.TOKEN_CLASSIFIER: AutoModelForTokenClassification,
+    Role.ENCODER: AutoModel,
+}
+"""Whose class transformers finds for a config."""
 
 WORTH_COMPILING_OPERATIONS = 3e13
 """Floating-point operations of a training from which on compiling its blocks, some 20 seconds, is won back."""
 
 
-def build_teacher(recipe: Recipe) -> TeacherEngine:
-    """The teacher's engine, of a recipe whose assistant is settled. Its tokenizer and chat template are the run's."""
+def build_teacher(recipe: Recipe, prepared: Path | None = None, *, eager: bool = False) -> Any:
+    """The teacher's engine, of a recipe whose assistant is settled. Its tokenizer and chat template are the run's.
+
+    `prepared` is where a task over texts finds its labels; `eager` is for attention maps.
+    """
+    cast = cast_of(recipe, prepared)
     device = pick_device(recipe.teacher.device, "teacher.device")
     engines = [
-        build_engine(resolve_model(member.model, key), recipe.teacher.dtype, device, key)
+        build_engine(resolve_model(member.model, key), recipe.teacher.dtype, device, key, cast=cast, eager=eager)
         for key, member in teachers_of(recipe).items()
     ]
     if not isinstance(recipe.teacher, MixtureTeacher):
         return engines[0]
     members = recipe.teacher.members
     weights = [member.weight for member in members]
+    if not cast.causal:
+        return EnsembleEngine(engines, weights, multi_label=cast.multi_label)
     return MixtureEngine(engines, weights, lambda source: [member.weight_for(source) for member in members])
 
 
+def open_recorded(teacher: RecordedTeacher, cast: Cast) -> RecordedReader:
+    """Answers that were recorded, as a teacher."""
+    return read_recorded(
+        teacher.path,
+        match=teacher.match,
+        text=teacher.text,
+        pair=teacher.text_pair,
+        probabilities=teacher.probabilities,
+        label=teacher.label,
+        labels=cast.labels,
+        multi_label=cast.multi_label,
+    )
+
+
 def teachers_of(recipe: Recipe) -> Mapping[str, Member]:
-    """The models that teach, each under its key in the recipe; one that teaches alone is its only member."""
+    """The models that teach, each under its key in the recipe; one that teaches alone is its only member.
+
+    Of a teacher that is trained first, the model that it begins as; of recorded answers, none.
+    """
     match recipe.teacher:
-        case LocalTeacher(model=model):
+        case LocalTeacher(model=model) | FinetuneTeacher(model=model):
             return {"teacher.model": Member(model=model)}
         case MixtureTeacher(members=members):
             return {f"teacher.members[{number}].model": member for number, member in enumerate(members)}
+        case RecordedTeacher():
+            return {}
     raise ValueError("teacher.kind=run has no model of its own: settle the recipe first, when its assistant is trained")
 
 
+def ready_labels(recipe: Recipe) -> tuple[str, ...] | None:
+    """The classes of a teacher that is a ready classifier and names them; None of any other."""
+    config = None if isinstance(recipe.teacher, FinetuneTeacher | RunTeacher) else teacher_config(recipe)
+    if config is None or not any(name.endswith("Classification") for name in config.architectures or ()):
+        return None
+    names = tuple(config.id2label[number] for number in range(config.num_labels))
+    return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
+
+
 def teacher_config(recipe: Recipe) -> Any:
-    """The config of the model that teaches, of several the first one's; of a recipe whose assistant is settled."""
-    key, first = next(iter(teachers_of(recipe).items()))
-    return load_config(resolve_model(first.model, key), key)
+    """The config of the model that teaches, of several the first one's; None where none is here.
+
+    Of a recipe whose assistant is settled.
+    """
+    for key, first in teachers_of(recipe).items():
+        return load_config(resolve_model(first.model, key), key)
+    return None
 
 
 def check_sources(recipe: Recipe, sources: Iterable[str], *, complete: bool = True) -> None:
@@ -130,24 +176,39 @@ def check_sources(recipe: Recipe, sources: Iterable[str], *, complete: bool = Tr
             )
 
 
-def build_engine(model: str, dtype: str, device: Any, key: str) -> LocalEngine:
-    """An engine for any arm's folder."""
-    return LocalEngine(load_model(model, dtype, device, key), load_tokenizer(model, key))
+def build_engine(
+    model: str, dtype: str, device: Any, key: str, *, cast: Cast | None = None, eager: bool = False
+) -> Any:
+    """An engine for any arm's folder; of a language model where `cast` says nothing else."""
+    cast = cast or Cast(Role.CAUSAL)
+    return cast.engine(cast.load(model, dtype, device, key, eager=eager), load_tokenizer(model, key))
 
 
-def blank_model(config: Any, key: str) -> Any:
+def blank_model(config: Any, key: str, role: Role = Role.CAUSAL) -> Any:
     """A model of this config without weights (on the meta device). Raises ModelError naming the recipe key."""
     with init_empty_weights():
         try:
-            model = AutoModelForCausalLM.from_config(config)
+            model = AUTO_CLASSES[role].from_config(config)
         except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            wanted = "a decoder such as Llama, Qwen, Gemma, Mistral or GPT-2"
+            if role is not Role.CAUSAL:
+                wanted = "an encoder such as BERT, RoBERTa, DistilBERT, ELECTRA or ModernBERT"
             raise ModelError(
-                f"{key}: {type(config).__name__} is not the config of a causal language model ({reason}). "
-                "Use a decoder such as Llama, Qwen, Gemma, Mistral or GPT-2."
+                f"{key}: {type(config).__name__} is not the config of a model for {_WHAT[role]} ({reason}). "
+                f"Use {wanted}."
             ) from None
     model.tie_weights()  # leaving the weights out parts what is tied
     return model
+
+
+_WHAT = {
+    Role.CAUSAL: "causal language modelling",
+    Role.MASKED: "masked language modelling",
+    Role.CLASSIFIER: "classification",
+    Role.TOKEN_CLASSIFIER: "token classification",
+    Role.ENCODER: "embedding",
+}
 
 
 def build_stand_in(recipe: Recipe, teacher: Any) -> Any:
@@ -155,26 +216,27 @@ def build_stand_in(recipe: Recipe, teacher: Any) -> Any:
 
     Takes and makes models with weights or without. Raises RecipeError or ModelError where there can be no such student.
     """
-    student = recipe.student
+    student, role = recipe.student, Role(recipe.task.kind)
     if isinstance(student, LayersStudent):
         depth = teacher.config.get_text_config().num_hidden_layers
         keep = even_layers(depth, student.count) if isinstance(student.keep, str) and student.count else student.keep
-        return cut_layers(teacher, [int(layer) for layer in keep])
+        cut = cut_layers(teacher, [int(layer) for layer in keep])
+        return to_distilbert(cut) if student.architecture == "distilbert" else cut
     if isinstance(student, FreshStudent):
-        return fresh_model(
-            teacher.config, student.config.model_dump(exclude_none=True), recipe.seed, teacher.device.type
-        )
+        sizes = student.config.model_dump(exclude_none=True)
+        return fresh_model(teacher.config, sizes, recipe.seed, teacher.device.type, kind=AUTO_CLASSES[role])
     config = load_config(resolve_model(student.model, "student.model"), "student.model")
-    return (
-        blank_model(config, "student.model") if teacher.device.type == "meta" else fresh_model(config, {}, recipe.seed)
-    )
+    if teacher is None or teacher.device.type == "meta":
+        return blank_model(config, "student.model", role)
+    return fresh_model(config, {}, recipe.seed, kind=AUTO_CLASSES[role])
 
 
-def build_trainable(recipe: Recipe, student: Any) -> TrainableCausal:
-    """The student in training mode, as the recipe wants it trained."""
-    if recipe.training.gradient_checkpointing:
+def build_trainable(recipe: Recipe, student: Any, training: Training | None = None) -> nn.Module:
+    """The student in training mode, as the recipe (or another training of it) wants it trained."""
+    settings = training or recipe.training
+    if settings.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    return TrainableCausal(student.train(), recipe.training.precision)
+    return cast_of(recipe).trainable(student.train(), settings.precision)
 
 
 def compile_blocks(recipe: Recipe, steps: int, student: Any, teachers: Sequence[Any]) -> None:
@@ -196,10 +258,17 @@ def compile_blocks(recipe: Recipe, steps: int, student: Any, teachers: Sequence[
 
 
 def _worth_compiling(recipe: Recipe, steps: int, student: Any) -> bool:
+    insides = [term.kind for term in recipe.losses if term.needs in ("attention", "vectors")]
     positions = steps * recipe.training.batch_rows * recipe.data.sequence_length
     operations = 6 * positions * sum(parameter.numel() for parameter in student.parameters())
     if recipe.training.compile == "auto":
-        return operations >= WORTH_COMPILING_OPERATIONS and can_compile(student.device.type)
+        worth = operations >= WORTH_COMPILING_OPERATIONS and not recipe.over_texts and not insides
+        return worth and can_compile(student.device.type)
+    if recipe.training.compile and insides:
+        raise RecipeError(
+            f"training.compile: true, but {insides[0]} looks into the blocks, of which every one would be compiled for "
+            "itself. Say `auto`, or remove this loss."
+        )
     if recipe.training.compile and not can_compile(student.device.type):
         raise RecipeError(
             "training.compile: true needs a working C++ compiler with Python's headers (g++ and python3-dev). Install "
@@ -208,62 +277,12 @@ def _worth_compiling(recipe: Recipe, steps: int, student: Any) -> bool:
     return recipe.training.compile
 
 
-def check_losses(recipe: Recipe) -> None:
-    """Raises RecipeError where a loss needs what the teacher cannot offer."""
-    offers = LocalEngine.offers
-    for index, term in enumerate(recipe.losses):
-        need = term.needs and Offer(term.needs)
-        if need and need not in offers:
-            raise RecipeError(
-                f"losses[{index}].kind={term.kind} needs {need.name}, but teacher.kind={recipe.teacher.kind} offers "
-                f"{', '.join(sorted(offer.name for offer in offers))}. Remove this loss, or use another teacher."
-            )
-
-
-def terms_of(recipe: Recipe, arm: str) -> list[LossTerm]:
-    """What this arm minimises: the student the recipe's losses, the control arm hard labels alone."""
-    return list(recipe.losses) if arm == "student" else [CrossEntropy(kind="cross_entropy")]
-
-
-def build_objective(
-    terms: Sequence[LossTerm], vocabulary: int, student: Any, teacher: Any, *, everywhere: bool = True
-) -> Objective:
-    """The objective of these terms. `student` and `teacher` are model configs, for depths and widths.
-
-    `everywhere` says that the teacher speaks at every supervised position: then all terms over the vocabulary share a
-    pass. Raises RecipeError where a layer map names a layer that a model does not have.
-    """
-    head = [_head_term(term) for term in terms if isinstance(term, VocabularyTerm)]
-    passes = [head] if everywhere else [[one for one in head if one.needs_teacher is soft] for soft in (True, False)]
-    losses: list[HeadLoss | HiddenLoss] = [HeadLoss(own, vocabulary) for own in passes if own]
-    configs = student.get_text_config(), teacher.get_text_config()
-    widths = (configs[0].hidden_size, configs[1].hidden_size)
-    depths = (configs[0].num_hidden_layers, configs[1].num_hidden_layers)
-    for index, term in enumerate(terms):
-        if not isinstance(term, VocabularyTerm):
-            layers = _layer_map(term, depths, f"losses[{index}].layers")
-            losses.append(HiddenLoss(term.kind, layers, widths, fixed(term.weight)))
-    return Objective(losses, {term.kind: schedule for term in terms if (schedule := _schedule_of(term))})
-
-
-def build_examiner(vocabulary: int) -> Objective:
-    """The questions of validation, alike for every arm: forward KL to the teacher and cross-entropy, both at T = 1."""
-    return Objective([HeadLoss([HeadTerm("forward_kl"), HeadTerm("cross_entropy")], vocabulary)])
-
-
-def wants_of(objective: Objective) -> Wants:
-    """What to read from the teacher for this objective."""
-    return Wants(final=Offer.LOGITS in objective.needs, layers=objective.layers()[1])
-
-
-def build_plan(recipe: Recipe, rows: PackedRows) -> Plan:
-    """The numbers of the training, with its length in steps."""
-    training = recipe.training
+def build_plan(training: Training, steps: int) -> Plan:
+    """The numbers of a training of so many steps."""
     minutes = training.checkpoint.every_minutes
-    steps = count_steps(recipe, len(rows))
     return Plan(
         steps=steps,
-        rate=functools.partial(_rate, steps=steps, peak=training.learning_rate, schedule=_schedule(recipe)),
+        rate=functools.partial(_rate, steps=steps, peak=training.learning_rate, schedule=_schedule(training)),
         weight_decay=training.weight_decay,
         betas=training.betas,
         eps=training.eps,
@@ -275,58 +294,23 @@ def build_plan(recipe: Recipe, rows: PackedRows) -> Plan:
 
 
 def count_steps(recipe: Recipe, rows: int) -> int:
-    """Optimiser steps of the training: as given, or enough for the tokens or epochs asked for."""
-    training = recipe.training
+    """Optimiser steps of the recipe's training: as given, or enough for the tokens or epochs asked for."""
+    return steps_of(recipe.training, recipe.data.sequence_length, rows)
+
+
+def steps_of(training: Training, sequence_length: int, rows: int) -> int:
+    """Optimiser steps of a training over so many rows: as given, or enough for the tokens or epochs asked for."""
     if training.steps is not None:
         return training.steps
     if training.tokens is not None:
-        return math.ceil(training.tokens / (training.batch_rows * recipe.data.sequence_length))
+        return math.ceil(training.tokens / (training.batch_rows * sequence_length))
     return max(1, math.ceil((training.epochs or 1.0) * rows / training.batch_rows))
 
 
-def _head_term(term: VocabularyTerm) -> HeadTerm:
-    weight = fixed(term.weight)
-    if not isinstance(term, SoftTerm):
-        return HeadTerm(term.kind, weight, settings=term.settings)
-    squared = term.times_temperature_squared
-    return HeadTerm(term.kind, weight, fixed(term.temperature), squared, term.settings, term.biased)
-
-
-def fixed(number: float | LinearRamp | CosineRamp | ConstantRamp) -> float:
-    """The number itself; 1 where it moves, since the schedule brings the rest."""
-    if isinstance(number, ConstantRamp):
-        return number.value
-    return number if isinstance(number, float) else 1.0
-
-
-def _schedule_of(term: LossTerm) -> Schedule | None:
-    """What moves in this term, None if nothing does."""
-    numbers = (term.weight, term.temperature if isinstance(term, SoftTerm) else 1.0)
-    ramps = [Ramp(n.start, n.end, n.kind) if isinstance(n, LinearRamp | CosineRamp) else None for n in numbers]
-    return Schedule(*ramps) if any(ramps) else None
-
-
-def _layer_map(term: HiddenMSE | HiddenCosine, depths: tuple[int, int], key: str) -> Mapping[int, int]:
-    """{student layer: teacher layer}; 0 is the embeddings' output. `depths` are the student's and the teacher's."""
-    if term.layers == "last":
-        return {depths[0]: depths[1]}
-    if term.layers == "even":
-        matched = even_layers(depths[1] + 1, depths[0] + 1)
-        return dict(zip(range(1, depths[0] + 1), matched[1:], strict=True))
-    for pair in term.layers.items():
-        for role, depth, layer in zip(("student", "teacher"), depths, pair, strict=True):
-            if layer > depth:
-                raise RecipeError(
-                    f"{key}: {{{pair[0]}: {pair[1]}}}, but the {role} has layers 0..{depth} (0 is the embeddings' "
-                    "output). Use a layer in that range."
-                )
-    return term.layers
-
-
-def _schedule(recipe: Recipe) -> dict[str, Any]:
-    schedule = recipe.training.schedule
+def _schedule(training: Training) -> dict[str, Any]:
+    schedule = training.schedule
     settings: dict[str, Any] = {"kind": schedule.kind, "warmup": schedule.warmup}
-    if isinstance(schedule, CosineSchedule | WSDSchedule):
+    if isinstance(schedule, CosineSchedule | LinearSchedule | WSDSchedule):
         settings["final"] = schedule.final
     if isinstance(schedule, WSDSchedule):
         settings["decay"] = schedule.decay

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from potstill.data import PackedRows, encode_examples, write_rows
-from potstill.engines import TeacherEngine, TrainableCausal, head_of, models_of, pick_device
+from potstill.engines import TeacherEngine, head_of, models_of, pick_device
 from potstill.losses import Objective
 from potstill.pipeline import build
 from potstill.pipeline.capture import make_transcript, sample_fidelity
 from potstill.pipeline.fidelity import Fidelity
+from potstill.pipeline.objective import Answers, build_objective, terms_of, wants_of
 from potstill.pipeline.recall import salt_for, spec_for, temperature_of
 from potstill.pipeline.survey import Survey
 from potstill.pipeline.transcribe import capture_rows
@@ -61,16 +62,11 @@ def measure_pace(recipe: Recipe, teacher: TeacherEngine, survey: Survey, *, voca
         echo = _Echo.of(recipe, teacher, batch, vocabulary=vocabulary, folder=Path(folder)) if stored else None
         speaker, mark = (echo.reader, echo.reader.mark) if echo else (teacher, lambda batch: batch)
         batch = mark(batch).to(device)
-        arms = ["student", "control"] if recipe.control.enabled else ["student"]
+        arms = ["student", "control"] if recipe.has_control else ["student"]
         training = {}
         for arm in arms:
-            objective = build.build_objective(
-                build.terms_of(recipe, arm),
-                vocabulary,
-                student.config,
-                teacher.model.config,
-                everywhere=recipe.signals.everywhere,
-            ).to(device)
+            answers = Answers.of(recipe, vocabulary)
+            objective = build_objective(terms_of(recipe, arm), answers, student.config, teacher.model.config).to(device)
             training[arm] = _time(lambda: _step(trainable, objective, batch, speaker)) / len(batch)  # noqa: B023
     reading = {
         "teacher": _time(lambda: teacher.read(batch, Wants(final=True))) / len(batch),
@@ -117,7 +113,7 @@ class _OneBatch:
 
 
 def _fidelity(
-    recipe: Recipe, student: TrainableCausal, teacher: TeacherEngine, batch: Batch, *, vocabulary: int
+    recipe: Recipe, student: Any, teacher: TeacherEngine, batch: Batch, *, vocabulary: int
 ) -> Fidelity:
     row = replace(batch.rows(0, 1), taught_BT=None)
     lesson = Lesson(row, teacher.read(row, Wants(final=True)).to(row.ids_BT.device))
@@ -131,16 +127,16 @@ def _pack(recipe: Recipe, survey: Survey, tokenizer: Any, folder: Path) -> Packe
     return PackedRows(folder)
 
 
-def _step(trainable: TrainableCausal, objective: Objective, batch: Batch, teacher: Reader) -> None:
-    said = teacher.read(batch, build.wants_of(objective)) if objective.needs else Signal()
+def _step(trainable: Any, objective: Objective, batch: Batch, teacher: Reader) -> None:
+    said = teacher.read(batch, wants_of(objective)) if objective.needs else Signal()
     lesson = Lesson(batch, said.to(batch.ids_BT.device))
-    share, _ = objective(trainable(batch, objective.layers()[0]), lesson, objective.counts([batch]))
+    share, _ = objective(trainable(batch, objective.wants()[0]), lesson, objective.counts([batch]))
     share.backward()
     trainable.zero_grad()
 
 
 @torch.no_grad()
-def _look(trainable: TrainableCausal, batch: Batch) -> None:
+def _look(trainable: Any, batch: Batch) -> None:
     trainable(batch)
 
 

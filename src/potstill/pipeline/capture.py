@@ -19,7 +19,7 @@ from pydantic import JsonValue, ValidationError
 from safetensors import SafetensorError
 
 from potstill.data import PackedRows
-from potstill.engines import TeacherEngine, TrainableCausal, head_of, load_model, pick_device
+from potstill.engines import TeacherEngine, head_of, load_model, pick_device
 from potstill.errors import Interrupted, StoreError
 from potstill.pipeline import build
 from potstill.pipeline.disk import PARTIAL, check_disk
@@ -185,7 +185,7 @@ def make_transcript(recipe: Recipe, teacher: TeacherEngine, encoding: Encoding, 
     return Transcript(teacher, encoding, vocabulary, signals.positions, signals.batch_tokens, salt_for(recipe))
 
 
-def sample_fidelity(student: TrainableCausal, lesson: Lesson, spec: SignalSpec, temperature: float) -> Fidelity:
+def sample_fidelity(student: Any, lesson: Lesson, spec: SignalSpec, temperature: float) -> Fidelity:
     """How near to the teacher's words those are that are stored, by what this student would learn from either."""
     said = lesson.signal.logits
     if not isinstance(said, States | Mixture):

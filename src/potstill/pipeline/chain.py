@@ -13,9 +13,12 @@ from pathlib import Path
 from potstill.errors import Interrupted, PotstillError, RecipeError
 from potstill.pipeline.places import STUDENT
 from potstill.recipes import Recipe, load_recipe
-from potstill.recipes.schema import LocalTeacher, RunTeacher
+from potstill.recipes.schema import FinetuneTeacher, LocalTeacher, PretrainedStudent, Report, RunTeacher
 
-__all__ = ["blaming", "load_chain", "settle", "student_folder"]
+__all__ = ["blaming", "load_chain", "phases_of", "settle", "settle_teacher", "student_folder"]
+
+PHASE_KEYS = ("task", "data", "teacher", "losses", "signals", "training", "control", "evaluation")
+"""What a phase may say otherwise than its recipe."""
 
 
 def load_chain(recipe: Recipe) -> tuple[Recipe, ...]:
@@ -35,12 +38,47 @@ def load_chain(recipe: Recipe) -> tuple[Recipe, ...]:
 
 
 def settle(recipe: Recipe) -> Recipe:
-    """The recipe with its assistant's trained student as a teacher like any other, for the stages."""
+    """The recipe with its assistant's trained student as a teacher like any other, for the stages.
+
+    And with the student that the phase before has left as the one to go on with.
+    """
+    for phase in phases_of(recipe)[-1:]:
+        student = PretrainedStudent(kind="model", model=str(student_folder(phase)))
+        recipe = recipe.model_copy(update={"student": student, "phases": []})
     if not isinstance(recipe.teacher, RunTeacher):
         return recipe
     model = str(student_folder(load_chain(recipe)[0]))
     local = LocalTeacher(kind="local", model=model, dtype=recipe.teacher.dtype, device=recipe.teacher.device)
     return recipe.model_copy(update={"teacher": local})
+
+
+def settle_teacher(recipe: Recipe) -> Recipe:
+    """The settled recipe with a teacher that was trained first as a teacher like any other, for the stages after."""
+    teacher = recipe.teacher
+    if not isinstance(teacher, FinetuneTeacher):
+        return recipe
+    model = str(recipe.folder.absolute() / "finetune" / "teacher")
+    local = LocalTeacher(kind="local", model=model, dtype=teacher.dtype, device=teacher.device)
+    return recipe.model_copy(update={"teacher": local})
+
+
+def phases_of(recipe: Recipe) -> tuple[Recipe, ...]:
+    """The recipe's earlier phases as recipes of their own, in order: each begins with the student of the one before."""
+    found: list[Recipe] = []
+    for phase in recipe.phases:
+        given = {key: value for key in PHASE_KEYS if (value := getattr(phase, key)) is not None}
+        folder = recipe.folder / "phases" / phase.name
+        same = {
+            "name": f"{recipe.name}-{phase.name}",
+            "run_dir": folder,
+            "phases": [],
+            "static": None,
+            "report": Report(),
+        }
+        if found:
+            same["student"] = PretrainedStudent(kind="model", model=str(student_folder(found[-1])))
+        found.append(recipe.model_copy(update={**given, **same}))
+    return tuple(found)
 
 
 def student_folder(recipe: Recipe) -> Path:
@@ -49,14 +87,14 @@ def student_folder(recipe: Recipe) -> Path:
 
 
 @contextmanager
-def blaming(assistant: Recipe) -> Iterator[None]:
-    """In this block, what goes wrong is said of the assistant: its keys are not those of the recipe that was asked."""
+def blaming(assistant: Recipe, key: str = "teacher.recipe") -> Iterator[None]:
+    """In this block, what goes wrong is said of the assistant (or phase): its keys are not those of the recipe."""
     try:
         yield
     except Interrupted:  # nothing is wrong with it
         raise
     except PotstillError as error:
-        raise type(error)(f"teacher.recipe: in the run of {assistant.name}: {error}") from error
+        raise type(error)(f"{key}: in the run of {assistant.name}: {error}") from error
 
 
 def _load(file: str) -> Recipe:

@@ -17,16 +17,20 @@ from potstill.engines import load_tokenizer, pick_device
 from potstill.engines.local import load_config
 from potstill.errors import RecipeError
 from potstill.pipeline import build
-from potstill.pipeline.chain import blaming, load_chain, student_folder
+from potstill.pipeline.chain import blaming, load_chain, phases_of, student_folder
 from potstill.pipeline.disk import check_disk, folder_bytes
 from potstill.pipeline.layers import count_layers
 from potstill.pipeline.metrics import check_trackers
+from potstill.pipeline.objective import Answers, build_objective, check_losses
 from potstill.pipeline.places import resolve_data, resolve_model, source_bytes
 from potstill.pipeline.recall import check_signals, check_store, spec_for
 from potstill.pipeline.run import is_trained
+from potstill.pipeline.suitability import check_task
 from potstill.recipes import Recipe
-from potstill.recipes.schema import LayersStudent, PretrainedStudent, StoredSignals
+from potstill.recipes.schema import FinetuneTeacher, LayersStudent, OnlineSignals, PretrainedStudent, StoredSignals
 from potstill.signals import check_place, encoding_of, is_remote, shared_vocabulary
+from potstill.students import check_static_packages
+from potstill.types import Role
 
 __all__ = [
     "SPEED_TOKENS",
@@ -79,20 +83,28 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
     An assistant that is not trained yet is known by its own recipe. Raises RecipeError, ModelError, VocabularyMismatch,
     SampleError or MissingExtra naming the recipe's key.
     """
-    build.check_losses(recipe)
+    check_task(recipe)
+    check_losses(recipe)
     check_signals(recipe)
     check_trackers(recipe.training.trackers)
     pick_device(recipe.teacher.device, "teacher.device")
     pick_device(recipe.training.device, "training.device")
+    for number, phase in enumerate(phases_of(recipe)):
+        with blaming(phase, f"phases[{number}]"):
+            inspect_recipe(phase)
     teachers, tokenizer = _blank_teachers(recipe)
     for teacher in teachers:
         _check_length(recipe, teacher.config, "teacher")
-    student = _blank_student(recipe, teachers[0])
+    student = _blank_student(recipe, teachers[0] if teachers else None)
     _check_length(recipe, student.config, "student")
     student_tokenizer = _student_tokenizer(recipe, tokenizer)
+    if recipe.over_texts:
+        return _inspect_texts(
+            recipe, Inspection(teachers, student, tokenizer or student_tokenizer, student_tokenizer, 0)
+        )
     vocabulary = shared_vocabulary(tokenizer, student_tokenizer)
     with init_empty_weights():
-        build.build_objective(recipe.losses, vocabulary, student.config, teachers[0].config)
+        build_objective(recipe.losses, Answers.of(recipe, vocabulary), student.config, teachers[0].config)
     heads = [model.get_output_embeddings().weight.shape[0] for model in (*teachers, student)]
     found = Inspection(teachers, student, tokenizer, student_tokenizer, min(vocabulary, *heads))
     if not isinstance(recipe.signals, StoredSignals):
@@ -102,6 +114,21 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
         check_place(recipe.signals.store)
         check_store(recipe, spec)
     return replace(found, record_bytes=encoding_of(spec).stride)
+
+
+def _inspect_texts(recipe: Recipe, found: Inspection) -> Inspection:
+    """What can be known of a task over texts before its labels are: layer maps, tokenizers, packages."""
+    teacher = found.teachers[0].config if found.teachers else None
+    with init_empty_weights():
+        build_objective(recipe.losses, Answers.of(recipe, 2), found.student.config, teacher)
+    online = isinstance(recipe.signals, OnlineSignals) and found.teachers
+    if online and any(term.needs for term in recipe.losses):
+        shared_vocabulary(found.tokenizer, found.student_tokenizer)  # both read the same tokens
+    if recipe.static:
+        check_static_packages()
+    if isinstance(recipe.signals, StoredSignals) and recipe.signals.store:
+        check_place(recipe.signals.store)
+    return found
 
 
 def count_parameters(model: Any) -> int:
@@ -114,8 +141,11 @@ def stage_bytes(recipe: Recipe, found: Inspection) -> Mapping[str, int]:
     weights = 4 * found.student_parameters
     # A checkpoint holds the weights and two moments; one more is written before the oldest goes; then the result.
     training = 3 * weights * (recipe.training.checkpoint.keep + 1) + weights
+    trained = isinstance(recipe.teacher, FinetuneTeacher)
     return {
         "prepare": _prepared_bytes(recipe) + SMALL_BYTES,
+        **({"finetune": 4 * 5 * found.teacher_parameters + SMALL_BYTES} if trained else {}),
+        **({"static": SMALL_BYTES + 4 * 4 * 40_000 * recipe.static.dimensions} if recipe.static else {}),
         "initialise": weights + SMALL_BYTES,
         **_captured_bytes(recipe, found),
         "train": training + SMALL_BYTES,
@@ -134,7 +164,7 @@ def _prepared_bytes(recipe: Recipe) -> int:
 
 def _captured_bytes(recipe: Recipe, found: Inspection) -> Mapping[str, int]:
     """What a capture writes beside the run: held-out lessons with the teacher's head. Its store is elsewhere."""
-    if not isinstance(recipe.signals, StoredSignals):
+    if not isinstance(recipe.signals, StoredSignals) or recipe.over_texts:
         return {}
     held_out = recipe.training.validation_rows * recipe.data.sequence_length
     widths = [model.config.get_text_config().hidden_size for model in found.teachers]
@@ -148,7 +178,7 @@ def check_store_room(recipe: Recipe, found: Inspection) -> None:
     already counts as a part of it. Raises RunError.
     """
     signals = recipe.signals
-    if not isinstance(signals, StoredSignals) or (signals.store and is_remote(signals.store)):
+    if recipe.over_texts or not isinstance(signals, StoredSignals) or (signals.store and is_remote(signals.store)):
         return
     steps = 0 if recipe.training.epochs else build.count_steps(recipe, 0)
     asked = steps * recipe.training.batch_rows * recipe.data.sequence_length
@@ -160,21 +190,25 @@ def check_store_room(recipe: Recipe, found: Inspection) -> None:
 
 def _blank_teachers(recipe: Recipe) -> tuple[tuple[Any, ...], Any]:
     """The models that teach, without weights, and the tokenizer of the first."""
+    role = Role(recipe.task.kind)
     for assistant in load_chain(recipe)[:1]:
         if is_trained(assistant):
             folder = str(student_folder(assistant))
-            model = build.blank_model(load_config(folder, "teacher.recipe"), "teacher.recipe")
+            model = build.blank_model(load_config(folder, "teacher.recipe"), "teacher.recipe", role)
             return (model,), load_tokenizer(folder, "teacher.recipe")
         with blaming(assistant):
             found = inspect_recipe(assistant)
         return (found.student,), found.student_tokenizer
     places = {key: resolve_model(member.model, key) for key, member in build.teachers_of(recipe).items()}
-    models = tuple(build.blank_model(load_config(place, key), key) for key, place in places.items())
+    models = tuple(build.blank_model(load_config(place, key), key, role) for key, place in places.items())
     tokenizers = {key: load_tokenizer(place, key) for key, place in places.items()}
+    if not models:
+        return (), None
     first, *others = tokenizers
-    for key in others:
-        shared_vocabulary(tokenizers[first], tokenizers[key], key)
-    _check_writing(recipe, [model.config for model in models])
+    if not recipe.over_texts:
+        for key in others:
+            shared_vocabulary(tokenizers[first], tokenizers[key], key)
+        _check_writing(recipe, [model.config for model in models])
     return models, tokenizers[first]
 
 
@@ -193,6 +227,9 @@ def _check_writing(recipe: Recipe, configs: Sequence[Any]) -> None:
 
 
 def _blank_student(recipe: Recipe, teacher: Any) -> Any:
+    for phase in phases_of(recipe)[-1:]:
+        config = inspect_recipe(phase).student.config
+        return build.blank_model(config, "phases", Role(recipe.task.kind))
     if isinstance(recipe.student, LayersStudent):
         count_layers(recipe.student, teacher.config.get_text_config().num_hidden_layers)
     with init_empty_weights():
@@ -202,6 +239,8 @@ def _blank_student(recipe: Recipe, teacher: Any) -> Any:
 
 
 def _student_tokenizer(recipe: Recipe, tokenizer: Any) -> Any:
+    for phase in phases_of(recipe)[-1:]:
+        return inspect_recipe(phase).student_tokenizer
     if not isinstance(recipe.student, PretrainedStudent):
         return tokenizer
     return load_tokenizer(resolve_model(recipe.student.model, "student.model"), "student.model")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from potstill.data import PackedRows
-from potstill.engines import TeacherEngine, read_causal
+from potstill.engines import TeacherEngine, models_of, read_causal
 from potstill.errors import RecipeError
 from potstill.losses import HeadTerm, distillation_loss
 from potstill.pipeline.progress import metered
@@ -31,17 +33,17 @@ def count_layers(spec: LayersStudent, depth: int) -> int:
     return count
 
 
-def choose_layers(spec: LayersStudent, teacher: TeacherEngine, rows: PackedRows) -> LayerChoice:
+def choose_layers(spec: LayersStudent, teacher: TeacherEngine, rows: PackedRows | None) -> LayerChoice:
     """The layers to keep: those listed, evenly spaced ones, or the result of the greedy search on held-out `rows`."""
-    depth = teacher.model.config.get_text_config().num_hidden_layers
+    depth = models_of(teacher)[0].config.get_text_config().num_hidden_layers
     count = count_layers(spec, depth)
-    if spec.keep == "greedy":
+    if spec.keep == "greedy" and rows is not None:
         return _search(spec, teacher, rows, count)
     return LayerChoice(even_layers(depth, count) if spec.keep == "even" else tuple(map(int, spec.keep)), ())
 
 
 @torch.inference_mode()
-def _search(spec: LayersStudent, teacher: TeacherEngine, rows: PackedRows, count: int) -> LayerChoice:
+def _search(spec: LayersStudent, teacher: Any, rows: PackedRows, count: int) -> LayerChoice:
     batch = rows.batch(range(min(spec.search.rows, len(rows)))).to(teacher.model.device)
     supervised_M = batch.supervised_BT.flatten().nonzero().squeeze(-1)
     stride = max(1, len(supervised_M) // JUDGED_POSITIONS)

@@ -6,26 +6,28 @@ Refuses to promise: every figure says whether it was measured here or estimated.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from potstill.data import encode_examples
-from potstill.engines import LocalEngine, TeacherEngine, pick_device
+from potstill.engines import LocalEngine, pick_device
 from potstill.engines.local import DTYPES
 from potstill.pipeline import build
 from potstill.pipeline.calibration import Pace, measure_pace
-from potstill.pipeline.chain import blaming, load_chain, settle
+from potstill.pipeline.chain import blaming, load_chain, phases_of, settle
 from potstill.pipeline.disk import check_disk, check_writable, folder_bytes
 from potstill.pipeline.fidelity import describe_fidelity
 from potstill.pipeline.inspection import Inspection, check_store_room, inspect_recipe, stage_bytes
 from potstill.pipeline.run import explain_run, is_trained
-from potstill.pipeline.rundir import check_unlocked
+from potstill.pipeline.rundir import StageStatus, check_unlocked
 from potstill.pipeline.survey import Survey, survey_data
+from potstill.pipeline.textplan import text_rows
 from potstill.recipes import Recipe
-from potstill.recipes.schema import LayersStudent, MixtureTeacher, StoredSignals
+from potstill.recipes.schema import LanguageModel, LayersStudent, MaskedLM, MixtureTeacher, StoredSignals
 from potstill.students import fresh_model
 
 __all__ = ["Estimate", "estimate_run", "print_plan"]
@@ -70,12 +72,18 @@ def print_plan(recipe: Recipe, *, measure: bool) -> None:
     The assistants that the run would begin with come first. Raises what the run itself would raise for this recipe and
     machine before it loads a model.
     """
+    for number, phase in enumerate(phases_of(recipe)):
+        with blaming(phase, f"phases[{number}]"):
+            print_plan(phase, measure=measure)
     for assistant in load_chain(recipe)[:1]:
         with blaming(assistant):
             print_plan(assistant, measure=measure)
     check_writable(recipe.folder)
     check_unlocked(recipe.folder)
     found = inspect_recipe(recipe)
+    if recipe.over_texts:
+        _print_tables(recipe, explain_run(recipe), text_rows(recipe, found, measure=measure))
+        return
     survey = survey_data(recipe, SURVEYED_DOCUMENTS)
     build.check_sources(recipe, survey.sources, complete=survey.complete)
     estimate = estimate_run(recipe, found, survey)
@@ -84,21 +92,26 @@ def print_plan(recipe: Recipe, *, measure: bool) -> None:
         check_store_room(recipe, found)
         check_disk(recipe.folder, estimate.disk_bytes - folder_bytes(recipe.folder), "this run")
     pace = None
-    if measure:
+    if measure and isinstance(recipe.task, LanguageModel) and not recipe.phases:
         teacher = _timed_teacher(recipe, found)
         pace = measure_pace(recipe, teacher, survey, vocabulary=found.vocabulary, steps=estimate.steps)
+    _print_tables(recipe, statuses, [*_size_rows(recipe, estimate), *_time_rows(recipe, estimate, pace)])
+
+
+def _print_tables(recipe: Recipe, statuses: Sequence[StageStatus], rows: Iterable[tuple[str, str, str]]) -> None:
+    rows = list(rows)  # whatever is wrong with them comes before the first line
     stages = Table("stage", "state", "why", title=f"{recipe.name}: {recipe.folder}", title_justify="left")
     for status in statuses:
         stages.add_row(status.stage, status.state, status.why)
     costs = Table("what", "how much", "from", title="plan", title_justify="left")
-    for row in (*_size_rows(recipe, estimate), *_time_rows(recipe, estimate, pace)):
+    for row in rows:
         costs.add_row(*row)
     console = Console()
     console.print(stages)
     console.print(costs)
 
 
-def _timed_teacher(recipe: Recipe, found: Inspection) -> TeacherEngine:
+def _timed_teacher(recipe: Recipe, found: Inspection) -> Any:
     """The teacher; for an assistant who is not trained yet, a random model of its size, which is as fast."""
     if all(map(is_trained, load_chain(recipe)[:1])):
         return build.build_teacher(settle(recipe))
@@ -109,7 +122,10 @@ def _timed_teacher(recipe: Recipe, found: Inspection) -> TeacherEngine:
 
 def estimate_run(recipe: Recipe, found: Inspection, survey: Survey) -> Estimate:
     """Sizes from the configs, tokens from some of the documents."""
-    lengths = [len(encoded.ids) for encoded in encode_examples(survey.sampled, found.tokenizer)]
+    lengths = [
+        len(encoded.ids)
+        for encoded in encode_examples(survey.sampled, found.tokenizer, bare=isinstance(recipe.task, MaskedLM))
+    ]
     mean = sum(lengths) / max(1, len(survey.sampled))
     there = mean * survey.documents["train"]
     share = min(1.0, (recipe.data.max_tokens or math.inf) / max(1.0, there))
@@ -117,7 +133,7 @@ def estimate_run(recipe: Recipe, found: Inspection, survey: Survey) -> Estimate:
     steps = build.count_steps(recipe, train_rows)
     train_tokens = steps * recipe.training.batch_rows * recipe.data.sequence_length
     asked = any(term.needs for term in recipe.losses)
-    arms = 2 if recipe.control.enabled else 1
+    arms = 2 if recipe.has_control else 1
     once = isinstance(recipe.signals, StoredSignals)
     read_tokens = min(train_tokens, train_rows * recipe.data.sequence_length) if once else train_tokens
     operations = float(train_tokens) * arms * TRAIN * found.student_parameters
@@ -132,7 +148,7 @@ def estimate_run(recipe: Recipe, found: Inspection, survey: Survey) -> Estimate:
         train_tokens=train_tokens,
         memory_bytes=_memory_bytes(recipe, found),
         # Checkpoints of the first arm are gone when the second trains.
-        disk_bytes=sum(needed.values()) - (needed["control"] if recipe.control.enabled else 0),
+        disk_bytes=sum(needed.values()) - (needed["control"] if recipe.has_control else 0),
         operations=operations,
         complete=survey.complete or share < 1.0,
         record_bytes=found.record_bytes,
@@ -161,7 +177,7 @@ def _size_rows(recipe: Recipe, found: Estimate) -> Iterator[tuple[str, str, str]
     yield "data", f"{least}{found.data_tokens:,} tokens, {found.train_rows:,} rows to train on", "some documents"
     least = least if recipe.training.epochs else ""
     yield "training", f"{least}{found.steps:,} steps, {found.train_tokens:,} tokens", "recipe"
-    arms = "student and control" if recipe.control.enabled else "student (no control: the gain stays unknown)"
+    arms = "student and control" if recipe.has_control else "student (no control: the gain stays unknown)"
     yield "arms", arms, "recipe"
     if isinstance(signals := recipe.signals, StoredSignals):
         rows_tokens = found.train_rows * recipe.data.sequence_length if found.complete else found.train_tokens
@@ -188,7 +204,10 @@ def _bytes(size: float) -> str:
 
 def _time_rows(recipe: Recipe, found: Estimate, pace: Pace | None) -> Iterator[tuple[str, str, str]]:
     if pace is None:
-        yield "time", f"{found.operations:.2g} operations; --measure turns them into minutes", "estimated"
+        more = "--measure turns them into minutes"
+        if not isinstance(recipe.task, LanguageModel) or recipe.phases:
+            more = "--measure is for language models without phases"
+        yield "time", f"{found.operations:.2g} operations; {more}", "estimated"
         return
     rows = found.steps * recipe.training.batch_rows
     if pace.fidelity:

@@ -21,9 +21,10 @@ from potstill.engines import find_folder, load_tokenizer, shares_of
 from potstill.errors import RecipeError, StoreError
 from potstill.pipeline import build
 from potstill.pipeline.disk import hash_file
+from potstill.pipeline.objective import fixed
 from potstill.pipeline.places import resolve_model
 from potstill.recipes import Recipe, fingerprint
-from potstill.recipes.losses import CosineRamp, ForwardKL, LinearRamp, SoftTerm
+from potstill.recipes.losses import CosineRamp, ForwardKL, LinearRamp, SoftTerm, VectorTerm
 from potstill.recipes.schema import MixtureTeacher, RunTeacher, StoredSignals
 from potstill.recipes.signals import HiddenSignals, TopKSignals, TruncatedSignals
 from potstill.signals import (
@@ -76,10 +77,13 @@ def check_signals(recipe: Recipe) -> None:
             f"signals.kind: {signals.kind} keeps what the teacher says, but no loss compares with it. Leave signals "
             "out, or add a loss such as forward_kl."
         )
+    over_vectors = recipe.task.kind == "embedding"
     for index, term in terms.items():
+        if isinstance(term, VectorTerm) and over_vectors:
+            continue
         if not isinstance(term, SoftTerm):
             raise RecipeError(
-                f"losses[{index}].kind={term.kind} needs hidden layers, which signals.kind={signals.kind} does not "
+                f"losses[{index}].kind={term.kind} needs {term.needs}, which signals.kind={signals.kind} does not "
                 "keep. Use signals.kind=online, or remove this loss."
             )
     soft = {index: term for index, term in terms.items() if isinstance(term, SoftTerm)}
@@ -100,7 +104,7 @@ def temperature_of(recipe: Recipe) -> float:
     """The temperature at which a truncated list is read: that of the losses. 1 where what is kept is good for all."""
     soft = [term for term in recipe.losses if isinstance(term, SoftTerm)]
     truncated = isinstance(recipe.signals, TruncatedSignals) and soft
-    return build.fixed(soft[0].temperature) if truncated else 1.0
+    return fixed(soft[0].temperature) if truncated else 1.0
 
 
 def spec_for(recipe: Recipe, vocabulary: int, teacher: Any) -> SignalSpec:
@@ -222,7 +226,7 @@ def _check_temperatures(signals: TruncatedSignals, terms: Mapping[int, SoftTerm]
                 f"losses[{index}].temperature: moves over the training, but signals.kind={signals.kind} keeps lists of "
                 "tokens, which hold at the temperatures they were captured at. Fix it, or use signals.kind=hidden."
             )
-    (first, *_), asked = terms, {index: build.fixed(term.temperature) for index, term in terms.items()}
+    (first, *_), asked = terms, {index: fixed(term.temperature) for index, term in terms.items()}
     for index, temperature in asked.items():
         if temperature != asked[first]:
             raise RecipeError(
@@ -239,7 +243,7 @@ def _check_temperatures(signals: TruncatedSignals, terms: Mapping[int, SoftTerm]
 def _check_mixture(terms: Mapping[int, SoftTerm]) -> None:
     """Online, every member is softened before the mean is taken; what is stored is the mean of what they say."""
     for index, term in terms.items():
-        if isinstance(term.temperature, LinearRamp | CosineRamp) or build.fixed(term.temperature) != 1.0:
+        if isinstance(term.temperature, LinearRamp | CosineRamp) or fixed(term.temperature) != 1.0:
             raise RecipeError(
                 f"losses[{index}].temperature: the mean of several teachers is stored at temperature 1, and softened "
                 "after that it would be another mean. Use 1, or signals.kind=online."

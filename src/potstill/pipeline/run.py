@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from potstill.errors import Interrupted, RecipeError, RunError
-from potstill.pipeline.chain import blaming, load_chain, settle
+from potstill.pipeline.chain import blaming, load_chain, phases_of, settle, settle_teacher
 from potstill.pipeline.disk import check_disk, folder_bytes
-from potstill.pipeline.places import STUDENT, identify
+from potstill.pipeline.identity import stage_fingerprints
+from potstill.pipeline.places import STUDENT
 from potstill.pipeline.rundir import RunDir, Stage, StageStatus, open_run
 from potstill.pipeline.stopping import Stopping
 from potstill.recipes import Recipe, dump_recipe, fingerprint
-from potstill.recipes.losses import SoftTerm
-from potstill.recipes.schema import MixtureTeacher, PretrainedStudent, RunTeacher, StoredSignals
+from potstill.recipes.schema import RunTeacher, StoredSignals
 
 if TYPE_CHECKING:
     from potstill.pipeline.lessons import Inputs
@@ -30,52 +30,23 @@ __all__ = ["STAGES", "explain_run", "inputs_of", "is_trained", "run_part", "run_
 
 _log = logging.getLogger("potstill")
 
-STAGES = ("prepare", "initialise", "capture", "train", "control", "evaluate", "report")
-"""All stages in order. `capture` is left out where signals are not stored, `control` where the recipe says so."""
-
-ROWS = "rows that know their sources"
-"""Which rows prepare writes: another text here makes those of earlier versions stale."""
+STAGES = ("prepare", "finetune", "initialise", "capture", "train", "control", "static", "evaluate", "report")
+"""All stages in order. `finetune` is left out where the teacher is taken as it is, `capture` where signals are not
+stored, `control` where there is none, `static` where the recipe asks for no such classifier."""
 
 ASSISTANT = "assistant"
 """Name of the assistant's student among the inputs of a stage."""
 
 NO_CAPTURE = "signals.kind: online keeps nothing, so there is nothing to capture. Use sampled, for example."
 
+NO_STAGE = {
+    "capture": NO_CAPTURE,
+    "finetune": "teacher.kind: only `finetune` is trained first, so there is no such stage.",
+    "static": "static: the recipe asks for no static classifier, so there is no such stage.",
+}
+
 LOOKED_AT = 2000
 """Documents that are looked at before an assistant is trained for hours."""
-
-FREE_TRAINING_KEYS = {"checkpoint", "trackers"}
-"""Settings of the training that change how it is watched and kept, not what comes out of it."""
-
-LENGTH_KEYS = {"tokens", "steps", "epochs", "batch_rows", "micro_batch_rows", "validation_rows"}
-"""Settings of the training that decide what a store must hold for it."""
-
-FREE_SIGNAL_KEYS = {"store", "batch_tokens"}
-"""Settings of the signals that change where they are and how fast they come, not what a student learns of them."""
-
-
-def stage_fingerprints(recipe: Recipe) -> dict[str, str]:
-    """What decides each stage's result: its part of the recipe, its inputs, and the stages before it."""
-    tokenizer, teacher = _identify_teacher(recipe)
-    own = recipe.student.model if isinstance(recipe.student, PretrainedStudent) else None
-    student = [recipe.student, own and identify(own)]
-    training = recipe.training.model_dump(exclude=FREE_TRAINING_KEYS)
-    data = [recipe.data, identify(recipe.data.source), tokenizer, recipe.seed]
-    found = {"prepare": fingerprint(["prepare", ROWS, data])}
-    found["initialise"] = fingerprint(["initialise", found["prepare"], student, teacher])
-    said: list[object] = []
-    if isinstance(recipe.signals, StoredSignals):
-        length = recipe.training.model_dump(include=LENGTH_KEYS)
-        temperatures = [term.temperature for term in recipe.losses if isinstance(term, SoftTerm)]
-        said = [recipe.signals.model_dump(exclude=FREE_SIGNAL_KEYS)]
-        found["capture"] = fingerprint(["capture", found["initialise"], length, temperatures, *said])
-    found["train"] = fingerprint(["train", found["initialise"], training, recipe.losses, *said])
-    if recipe.control.enabled:
-        found["control"] = fingerprint(["control", found["initialise"], training])
-    found["evaluate"] = fingerprint(["evaluate", found["train"], found.get("control"), recipe.evaluation])
-    words = [recipe.name, recipe.description, recipe.report]
-    found["report"] = fingerprint(["report", found["evaluate"], words])
-    return found
 
 
 def explain_run(recipe: Recipe) -> list[StageStatus]:
@@ -110,21 +81,22 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, stopping: Stopping |
     """
     fingerprints = stage_fingerprints(recipe)
     if until is not None and until not in fingerprints:
-        if until == "capture":
-            raise RecipeError(NO_CAPTURE)
-        raise RecipeError(f"{until}.enabled: false, so there is no such stage. Set it to true.")
+        raise RecipeError(NO_STAGE.get(until, f"{until}.enabled: false, so there is no such stage. Set it to true."))
     names = list(fingerprints)
     wanted = names if until is None else names[: names.index(until) + 1]
     with open_run(recipe.folder) as run:
         statuses = [status for status in _explain(recipe, run, fingerprints) if status.stage in wanted]
         due = [status.stage for status in statuses if status.state != "done"]
         # Before the assistant's run: what is wrong with this recipe should not show hours later.
-        walk = _Walk(recipe, settle(recipe), run.folder, stopping or Stopping(), _stage_bytes(recipe, set(due)))
+        walk = _Walk(
+            recipe, settle(recipe), run.folder, stopping or Stopping(), _stage_bytes(recipe, set(due)), fingerprints
+        )
         if due:
             walk.check_room(due[0])
             run.write_recipe(dump_recipe(recipe))
         if set(due) - {"report"}:
             walk.check_data(set(due))
+            walk.run_phases()
             walk.run_assistant()
             walk.check_same_assistant(run, [name for name in wanted if name not in due])
         _report_states(statuses)
@@ -151,6 +123,15 @@ class _Walk:
     folder: Path
     stopping: Stopping
     needed_bytes: Mapping[str, int]
+    fingerprints: Mapping[str, str]
+
+    def run_phases(self) -> None:
+        """Run the phases that come before, where there are any, in order."""
+        for number, phase in enumerate(phases_of(self.asked)):
+            _log.info("phase %s, in %s:", phase.name, phase.folder)
+            with blaming(phase, f"phases[{number}]"):
+                run_recipe(phase, stopping=self.stopping)
+            _log.info("%s, in %s:", self.asked.name, self.folder)
 
     def run_assistant(self) -> None:
         """Run the recipe whose student is the teacher, where there is one."""
@@ -220,35 +201,71 @@ class _Walk:
                 from potstill.pipeline.stages import prepare
 
                 prepare(self.recipe, stage)
+            case "finetune":
+                from potstill.pipeline.tutor import finetune
+
+                mark = self.fingerprints["finetune"]
+                finetune(self.recipe, stage, self.folder / "prepare", fingerprint=mark, stopping=self.stopping)
             case "initialise":
                 from potstill.pipeline.stages import initialise
 
-                initialise(self.recipe, stage, self.folder / "prepare")
+                initialise(self.taught, stage, self.folder / "prepare")
             case "capture":
-                from potstill.pipeline.capture import capture
-
-                capture(self.recipe, stage, inputs_of(self.recipe), self.stopping)
+                self._capture(stage)
             case "train" | "control":
                 self._train(name, stage)
-            case "evaluate":
-                from potstill.pipeline.judge import evaluate
+            case "static":
+                from potstill.pipeline.still import train_static
 
-                evaluate(self.recipe, stage, self.folder / "prepare", self._arms())
+                train_static(self.taught, stage, inputs_of(self.recipe), stopping=self.stopping)
+            case "evaluate":
+                self._evaluate(stage)
             case "report":
                 from potstill.pipeline.telling import report
 
                 report(self.asked, stage, self.folder)
 
+    @property
+    def taught(self) -> Recipe:
+        """The recipe for stages in which a teacher that is trained first has been."""
+        return settle_teacher(self.recipe)
+
+    def _capture(self, stage: Stage) -> None:
+        if self.recipe.over_texts:
+            from potstill.pipeline.answers import capture_answers
+
+            capture_answers(self.taught, stage, inputs_of(self.recipe), self.stopping)
+            return
+        from potstill.pipeline.capture import capture
+
+        capture(self.taught, stage, inputs_of(self.recipe), self.stopping)
+
+    def _evaluate(self, stage: Stage) -> None:
+        prepared = self.folder / "prepare"
+        if self.recipe.over_texts:
+            from potstill.pipeline.answerers import answering
+            from potstill.pipeline.examine import evaluate_texts
+
+            arms = self._arms()
+            asked = answering(self.taught, prepared, arms)
+            evaluate_texts(self.taught, stage, prepared, answerers=asked, arms=["teacher", *arms])
+            return
+        from potstill.pipeline.judge import evaluate
+
+        evaluate(self.taught, stage, prepared, self._arms())
+
     def _train(self, name: str, stage: Stage) -> None:
         from potstill.pipeline.arms import train_arm
 
         arm: Literal["student", "control"] = "student" if name == "train" else "control"
-        train_arm(self.recipe, stage, inputs_of(self.recipe), arm, stopping=self.stopping)
+        train_arm(self.taught, stage, inputs_of(self.recipe), arm, stopping=self.stopping)
 
     def _arms(self) -> Mapping[str, Path]:
-        stages = {"untrained": "initialise", "control": "control", "student": "train"}
-        if not self.recipe.control.enabled:
+        stages = {"untrained": "initialise", "control": "control", "student": "train", "static": "static"}
+        if not self.recipe.has_control:
             del stages["control"]
+        if not self.recipe.static:
+            del stages["static"]
         return {arm: self.folder / stage / STUDENT for arm, stage in stages.items()}
 
 
@@ -263,6 +280,8 @@ def run_part(recipe: Recipe, part: str, stopping: Stopping) -> str:
         raise RecipeError(f"--part: got {part!r}, needs I/N with I from 1 to N, for example 1/4.")
     if not isinstance(recipe.signals, StoredSignals):
         raise RecipeError(NO_CAPTURE)
+    if recipe.over_texts:
+        raise RecipeError("--part: a task over texts is captured by one process. Leave --part out.")
     settled, fingerprints = settle(recipe), stage_fingerprints(recipe)
     for name in ("prepare", "initialise"):
         if RunDir(recipe.folder).state(name, fingerprints[name]) != "done":
@@ -295,21 +314,6 @@ def _stage_bytes(recipe: Recipe, due: set[str]) -> Mapping[str, int]:
     if "capture" in due:
         check_store_room(recipe, found)
     return stage_bytes(recipe, found)
-
-
-def _identify_teacher(recipe: Recipe) -> tuple[object, object]:
-    """What decides the teacher's tokenizer, and what decides the teacher."""
-    teacher = recipe.teacher
-    if isinstance(teacher, RunTeacher):
-        # Not the folder's files: the report adds the model card to them, and another assistant of the same sizes
-        # could hardly be told by them.
-        student = stage_fingerprints(load_chain(recipe)[0])["train"]
-        return student, [teacher.kind, teacher.dtype, student]
-    if isinstance(teacher, MixtureTeacher):
-        # As lists, since the order of patterns counts and that of a mapping's keys does not.
-        members = [[one.weight, list(one.sources.items()), one.model, identify(one.model)] for one in teacher.members]
-        return identify(teacher.members[0].model), [teacher.kind, teacher.dtype, members]
-    return identify(teacher.model), [teacher.model_dump(exclude={"device"}), identify(teacher.model)]
 
 
 def _report_states(statuses: Sequence[StageStatus]) -> None:

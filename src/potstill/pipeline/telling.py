@@ -8,31 +8,49 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from potstill.pipeline import build
-from potstill.pipeline.chain import load_chain
+from potstill.pipeline.chain import load_chain, phases_of
 from potstill.pipeline.disk import read_json
 from potstill.pipeline.fidelity import Fidelity, describe_fidelity
 from potstill.pipeline.metrics import read_metrics
 from potstill.pipeline.places import STUDENT
+from potstill.pipeline.remarks import describe_term, remarks_on
 from potstill.pipeline.run import stage_fingerprints
 from potstill.pipeline.rundir import Manifest, RunDir, Stage
 from potstill.recipes import Recipe, dump_recipe
-from potstill.recipes.losses import ConstantRamp, CosineRamp, LinearRamp, LossTerm, SoftTerm, VocabularyTerm
-from potstill.recipes.schema import FreshStudent, LayersStudent, Member, MixtureTeacher
+from potstill.recipes.losses import SoftTerm
+from potstill.recipes.schema import (
+    FinetuneTeacher,
+    FreshStudent,
+    LayersStudent,
+    Member,
+    MixtureTeacher,
+    RecordedTeacher,
+    TextTask,
+)
+from potstill.recipes.tasks import Classification, Embedding
 from potstill.report import (
+    ClassFacts,
+    ClassRow,
+    Confusion,
     CurvePoint,
     DataFacts,
+    PhaseFacts,
     ReliabilityPoint,
     Sample,
     SignalFacts,
+    SliceRow,
     StageCost,
     Story,
+    TaskFacts,
+    TeacherTraining,
+    name_task,
     write_card,
     write_report,
 )
@@ -41,9 +59,11 @@ from potstill.types import Measurement
 
 __all__ = ["name_teacher", "report", "tell"]
 
-ARM_STAGES = {"student": "train", "control": "control"}
+ARM_STAGES = {"student": "train", "control": "control", "static": "static"}
 VALIDATION_NAMES = {"validation_forward_kl": "kl_to_teacher", "validation_cross_entropy": "nll"}
 PROGRESS_KEYS = {"step", "tokens", "seconds", "loss", "gradient_norm", "learning_rate"}
+VALIDATION = "validation_"
+PHASES = "phases"
 SCHEDULED = ("weight_", "temperature_")
 """How the names of what moves over a training begin: settings, not losses to be drawn as curves."""
 
@@ -63,49 +83,127 @@ def report(recipe: Recipe, stage: Stage, folder: Path) -> None:
     story = tell(recipe, folder)
     write_report(story, stage.folder)
     write_card(story, folder / "train" / STUDENT)
+    if recipe.static:
+        write_card(story, folder / "static" / STUDENT, "static")
     stage.finish(page=str(stage.folder / "index.html"))
 
 
 def tell(recipe: Recipe, folder: Path) -> Story:
     """The story of a run whose evaluation is finished."""
-    run = RunDir(folder)
-    measurements: Any = read_json(folder / "evaluate" / "measurements.json")
-    samples: Any = read_json(folder / "evaluate" / "samples.json")
-    calibration = folder / "evaluate" / "calibration.json"  # earlier versions wrote none
-    sure: Any = read_json(calibration) if calibration.exists() else {}
+    run, evaluated = RunDir(folder), folder / "evaluate"
     manifests = {name: run.manifest(name) for name in stage_fingerprints(recipe) if name != "report"}
+    facts = {name: manifest.facts for name, manifest in manifests.items()}
     arms = {arm: name for arm, name in ARM_STAGES.items() if name in manifests}
+    sure = _read(evaluated / "calibration.json", {})
     return Story(
         title=recipe.report.title or recipe.name,
         description=recipe.description,
         teacher=name_teacher(recipe),
-        student=_student_name(recipe, manifests["initialise"].facts),
-        student_origin=_origin(recipe, manifests["initialise"].facts),
-        objective=" + ".join(_term(term) for term in recipe.losses),
+        student=_student_name(recipe, _first_facts(recipe, folder, facts)),
+        student_origin=_origin(recipe, _first_facts(recipe, folder, facts)),
+        objective=" + ".join(map(describe_term, recipe.losses)),
         recipe=dump_recipe(recipe),
-        has_control=recipe.control.enabled,
-        measurements=tuple(Measurement(**row) for row in measurements),
+        has_control=recipe.has_control,
+        measurements=tuple(Measurement(**row) for row in _read(evaluated / "measurements.json", [])),
         curves={arm: tuple(map(_point, read_metrics(folder / name / "metrics.jsonl"))) for arm, name in arms.items()},
-        samples=tuple(Sample(row["prompt"], row["reference"], row["completions"]) for row in samples),
+        samples=tuple(Sample(**row) for row in _read(evaluated / "samples.json", [])),
         stages=tuple(StageCost(_starts(m), m.wall_s, m.peak_rss_bytes / 1e9) for m in manifests.values()),
         data=_data(recipe, manifests["prepare"].facts, manifests["prepare"].fingerprint),
         versions=manifests["evaluate"].versions,
         machine=_machine(),
-        notes=(
-            *_teacher_notes(recipe),
-            *_notes(manifests["prepare"].facts, manifests["initialise"].facts),
-            *(_signal_notes(manifests["capture"].facts) if "capture" in manifests else ()),
-        ),
+        notes=remarks_on(recipe, facts),
         base_model=_base_model(recipe),
         reliability={arm: tuple(ReliabilityPoint(**point) for point in points) for arm, points in sure.items()},
         signals=_signals(recipe, manifests["capture"].facts) if "capture" in manifests else None,
+        task=_task(recipe, manifests["prepare"].facts),
+        classes=_classes(_read(evaluated / "classes.json", None)),
+        confusions=tuple(Confusion(**row) for row in _read(evaluated / "confusions.json", [])),
+        slices=_slices(_read(evaluated / "slices.json", [])),
+        phases=tuple(_phase(phase, folder) for phase in phases_of(recipe)),
+        teacher_training=_teacher_training(recipe, facts.get("finetune", {})),
     )
+
+
+def _read(path: Path, absent: Any) -> Any:
+    """What the evaluation wrote; earlier versions, and other tasks, do not write every file."""
+    return read_json(path) if path.exists() else absent
+
+
+def _task(recipe: Recipe, prepared: Mapping[str, Any]) -> TaskFacts:
+    task, price = recipe.task, recipe.evaluation.price
+    scope = task.out_of_scope if isinstance(task, Classification) else None
+    return TaskFacts(
+        task.kind,
+        tuple(prepared.get("labels", ())),
+        multi_label=isinstance(task, Classification) and task.multi_label,
+        pooling=task.pooling if isinstance(task, Classification | Embedding) else "",
+        normalise=isinstance(task, Embedding) and task.normalise,
+        out_of_scope=scope,
+        precision=recipe.evaluation.precision if scope is not None else None,
+        price=_name_price(recipe) if price else "",
+        length=recipe.data.sequence_length if isinstance(task, TextTask) else None,
+    )
+
+
+def _name_price(recipe: Recipe) -> str:
+    price = recipe.evaluation.price
+    if price is None:
+        return ""
+    words = f"{price.machine_usd_per_hour:g} USD an hour for a machine such as this one, kept busy"
+    charged = price.teacher_usd_per_1000
+    return words if charged is None else f"{words}; the teacher's API charges {charged:g} USD for 1,000 queries"
+
+
+def _classes(read: Mapping[str, Any] | None) -> ClassFacts | None:
+    if not read:
+        return None
+    arms = {arm: tuple(ClassRow(**row) for row in rows) for arm, rows in read["arms"].items()}
+    return ClassFacts(tuple(read["labels"]), arms)
+
+
+def _slices(read: Sequence[Mapping[str, Any]]) -> tuple[SliceRow, ...]:
+    """Accuracy by kind of text."""
+    found = [(row["value"], [Measurement(**one) for one in row["measurements"]]) for row in read]
+    return tuple(SliceRow(value, tuple(one for one in rows if one.name == "accuracy")) for value, rows in found)
+
+
+def _phase(recipe: Recipe, folder: Path) -> PhaseFacts:
+    """An earlier phase, as its own run folder tells it."""
+    name = recipe.folder.name
+    own = folder / PHASES / name
+    facts = _task(recipe, RunDir(own).manifest("prepare").facts)
+    return PhaseFacts(
+        name=name,
+        task=name_task(facts),
+        teacher=name_teacher(recipe),
+        objective=" + ".join(map(describe_term, recipe.losses)),
+        folder=f"{PHASES}/{name}",
+        measurements=tuple(Measurement(**row) for row in _read(own / "evaluate" / "measurements.json", [])),
+        facts=facts,
+    )
+
+
+def _teacher_training(recipe: Recipe, facts: Mapping[str, Any]) -> TeacherTraining | None:
+    if not isinstance(recipe.teacher, FinetuneTeacher):
+        return None
+    return TeacherTraining(recipe.teacher.model, recipe.teacher.learns, facts.get("steps"), facts.get("seconds"))
+
+
+def _first_facts(recipe: Recipe, folder: Path, facts: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """How the student was made at the very first: by the first phase, where there are phases."""
+    for phase in phases_of(recipe)[:1]:
+        return RunDir(folder / PHASES / phase.folder.name).manifest("initialise").facts
+    return facts["initialise"]
 
 
 def name_teacher(recipe: Recipe) -> str:
     """The teacher in words: a model, the student of a run and whose student that is, or models with their weights."""
     for assistant in load_chain(recipe)[:1]:
         return f"assistant {assistant.name}, itself distilled from {name_teacher(assistant)}"
+    if isinstance(recipe.teacher, RecordedTeacher):
+        return f"answers recorded in {recipe.teacher.path}"
+    if isinstance(recipe.teacher, FinetuneTeacher):
+        return f"{recipe.teacher.model}, fine-tuned here"
     members = list(build.teachers_of(recipe).values())
     return members[0].model if len(members) == 1 else f"the mean of {' and '.join(map(_name_member, members))}"
 
@@ -115,27 +213,11 @@ def _name_member(member: Member) -> str:
     return f"{member.model} (weight {member.weight:g}{elsewhere})"
 
 
-def _teacher_notes(recipe: Recipe) -> tuple[str, ...]:
-    notes = [
-        f"what the student kept is measured against the assistant {assistant.name}, not against the assistant's teacher"
-        for assistant in load_chain(recipe)[:1]
-    ]
-    notes += [
-        f"the assistant {assistant.name} was trained on other data ({assistant.data.source}): whether that holds "
-        "documents which are held out here was not checked"
-        for assistant in load_chain(recipe)
-        if assistant.data.source != recipe.data.source
-    ]
-    if isinstance(recipe.teacher, MixtureTeacher) and any(member.sources for member in recipe.teacher.members):
-        notes.append("the teacher's samples are written with its members' plain weights: a prompt has no source")
-    return tuple(notes)
-
-
 def _base_model(recipe: Recipe) -> str | None:
     """The hub id of the first teacher of all, where it has one."""
-    members = build.teachers_of((recipe, *load_chain(recipe))[-1])
-    model = next(iter(members.values())).model
-    return model if re.fullmatch(r"[\w.-]+/[\w.-]+", model) else None
+    members = list(build.teachers_of((recipe, *load_chain(recipe))[-1]).values())
+    hub = members and re.fullmatch(r"[\w.-]+/[\w.-]+", members[0].model)
+    return members[0].model if hub else None
 
 
 def _starts(manifest: Manifest) -> str:
@@ -147,45 +229,34 @@ def _starts(manifest: Manifest) -> str:
     return f"{manifest.stage} ({manifest.attempts} starts; wall time of {covered})"
 
 
-def _student_name(recipe: Recipe, facts: dict[str, Any]) -> str:
+def _student_name(recipe: Recipe, facts: Mapping[str, Any]) -> str:
     if isinstance(recipe.student, LayersStudent):
         return f"{len(facts['layers'])}-layer student"
     return "freshly made student" if isinstance(recipe.student, FreshStudent) else f"student {recipe.student.model}"
 
 
-def _origin(recipe: Recipe, facts: dict[str, Any]) -> str:
+def _origin(recipe: Recipe, facts: Mapping[str, Any]) -> str:
     first = "first " if isinstance(recipe.teacher, MixtureTeacher) else ""
+    after = f" Trained before in phases: {', '.join(one.name for one in recipe.phases)}." if recipe.phases else ""
     if isinstance(recipe.student, LayersStudent):
         rule = recipe.student.keep if isinstance(recipe.student.keep, str) else "listed"
         kept = ", ".join(map(str, facts["layers"]))
-        return f"Cut from the {first}teacher: layers {kept} ({rule} choice), with its embeddings, final norm and head."
+        rest = "embeddings, final norm and head" if recipe.task.kind == "language_model" else "embeddings and head"
+        turned = ", turned into a DistilBERT" if recipe.student.architecture == "distilbert" else ""
+        return f"Cut from the {first}teacher: layers {kept} ({rule} choice), with its {rest}{turned}.{after}"
     if isinstance(recipe.student, FreshStudent):
-        return f"The {first}teacher's architecture with other sizes and random weights."
-    return f"Pretrained: {recipe.student.model}."
-
-
-def _term(term: LossTerm) -> str:
-    weight = "" if _number(term.weight) == "1" else f"{_number(term.weight)} "
-    settings = term.settings if isinstance(term, VocabularyTerm) else {}
-    details = [f"{name} = {value:g}" for name, value in settings.items() if value or name != "label_smoothing"]
-    if isinstance(term, SoftTerm):
-        squared = ", times T^2" if term.times_temperature_squared and _number(term.temperature) != "1" else ""
-        details.append(f"T = {_number(term.temperature)}{squared}")
-    return f"{weight}{term.kind}" + (f" ({', '.join(details)})" if details else "")
-
-
-def _number(number: float | LinearRamp | CosineRamp | ConstantRamp) -> str:
-    if isinstance(number, float):
-        return f"{number:g}"
-    if isinstance(number, ConstantRamp):
-        return f"{number.value:g}"
-    return " to ".join(f"{end:g}" for end in number.ends.values())
+        return f"The {first}teacher's architecture with other sizes and random weights.{after}"
+    return f"Pretrained: {recipe.student.model}.{after}"
 
 
 def _point(line: dict[str, Any]) -> CurvePoint:
-    validation = {VALIDATION_NAMES[key]: value for key, value in line.items() if key in VALIDATION_NAMES}
-    known = PROGRESS_KEYS | VALIDATION_NAMES.keys()
-    terms = {key: value for key, value in line.items() if key not in known and not key.startswith(SCHEDULED)}
+    validation = {
+        VALIDATION_NAMES.get(key, key.removeprefix(VALIDATION)): value
+        for key, value in line.items()
+        if key.startswith(VALIDATION)
+    }
+    settings = (VALIDATION, *SCHEDULED)
+    terms = {k: value for k, value in line.items() if k not in PROGRESS_KEYS and not k.startswith(settings)}
     return CurvePoint(line["step"], line["tokens"], line["seconds"], line["loss"], terms, validation)
 
 
@@ -196,7 +267,7 @@ def _signals(recipe: Recipe, facts: Mapping[str, Any]) -> SignalFacts:
     # What was put aside still lies there, and would count as if it were of use.
     size = facts["stride"] if any(facts["quarantined"].values()) else facts["stored_bytes"] / stored
     return SignalFacts(
-        kind=_kept(spec),
+        kind=_kept_of_texts(recipe) if recipe.over_texts else _kept(spec),
         store=facts["store"],
         pieces=facts["pieces"],
         positions=facts["positions"],
@@ -213,10 +284,8 @@ def _signals(recipe: Recipe, facts: Mapping[str, Any]) -> SignalFacts:
     )
 
 
-def _signal_notes(facts: Mapping[str, Any]) -> tuple[str, ...]:
-    if facts["fidelity"] is not None:
-        return ()
-    return ("how true the stored signals are was not measured: four copies of the student's head would exceed 4 GB",)
+def _kept_of_texts(recipe: Recipe) -> str:
+    return "the vector of every text" if isinstance(recipe.task, Embedding) else "the scores of all classes"
 
 
 def _kept(spec: SignalSpec) -> str:
@@ -255,23 +324,12 @@ def _data(recipe: Recipe, facts: dict[str, Any], fingerprint: str) -> DataFacts:
     return DataFacts(
         source=recipe.data.source,
         documents=facts["documents"],
-        tokens=facts["tokens"],
-        rows=facts["rows"],
+        tokens=facts.get("tokens", {}),
+        rows=facts.get("rows", {}),
         cleaning=facts["cleaning"],
         fingerprint=fingerprint,
+        labelled=facts.get("labelled", {}) if facts.get("labels") else {},
     )
-
-
-def _notes(prepared: dict[str, Any], initial: dict[str, Any]) -> tuple[str, ...]:
-    notes = [f"{count} rows {what}" for what, count in prepared["cleaning"].items() if not what.startswith("kept")]
-    if prepared.get("reading", {}).get("stopped_at_max_tokens"):
-        notes.append(
-            f"reading stopped at data.max_tokens, after {prepared['reading']['source_rows']:,} rows of the source"
-        )
-    untried = sum(1 for _, value in initial.get("removed", []) if value is None)
-    if untried:
-        notes.append(f"{untried} layers were removed untried: student.search.minutes was too short to judge them")
-    return tuple(notes)
 
 
 def _machine() -> str:

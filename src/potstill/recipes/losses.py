@@ -10,34 +10,50 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from potstill.recipes.numbers import Fraction, Layer, Positive, Real, Share
+from potstill.recipes.numbers import Count, Fraction, Layer, Positive, Real, Share
 from potstill.recipes.part import Part
 
 __all__ = [
     "JSD",
     "AdaptiveKL",
     "AlphaBeta",
+    "AttentionKL",
+    "AttentionMSE",
     "ConstantRamp",
     "CosineRamp",
     "CrossEntropy",
     "ForwardKL",
+    "GramMSE",
     "HiddenCosine",
     "HiddenMSE",
     "LayerTerm",
+    "LinearCKA",
     "LinearRamp",
     "LossTerm",
+    "MiniLM",
+    "MiniLMv2",
     "NormalisedJSD",
+    "RKDAngle",
+    "RKDDistance",
     "Ramp",
+    "RelationTerm",
     "ReverseKL",
+    "SimilarityTerm",
     "SkewForwardKL",
     "SkewReverseKL",
     "SoftTerm",
     "SymmetricKL",
     "TotalVariation",
+    "VectorCosine",
+    "VectorMSE",
+    "VectorTerm",
     "VocabularyTerm",
 ]
 
 NonNegative = Annotated[Real, Field(ge=0.0)]
+Need = Literal["logits", "hidden", "attention", "vectors", "pooled"]
+"""What of a teacher a term compares with."""
+
 Within = Annotated[Real, Field(ge=0.0, le=1.0)]
 
 
@@ -88,7 +104,7 @@ Ramp = Annotated[LinearRamp | CosineRamp | ConstantRamp, Field(discriminator="ki
 
 
 class _Term(Part):
-    needs: ClassVar[Literal["logits", "hidden"] | None]
+    needs: ClassVar[Need | None]
     """What the teacher must offer for this term."""
 
     kind: str
@@ -108,7 +124,7 @@ class VocabularyTerm(_Term):
 class SoftTerm(VocabularyTerm):
     """A divergence between the softened distributions of teacher and student."""
 
-    needs: ClassVar[Literal["logits", "hidden"] | None] = "logits"
+    needs: ClassVar[Need | None] = "logits"
 
     temperature: Positive | Ramp = 1.0
     """Distillation temperature, which softens both distributions: a number, or one that moves over the training."""
@@ -212,7 +228,7 @@ class AdaptiveKL(SoftTerm):
 class CrossEntropy(VocabularyTerm):
     """Hard labels: -log q(next token) at temperature 1. Asks no teacher; mix it in where the data is good."""
 
-    needs: ClassVar[Literal["logits", "hidden"] | None] = None
+    needs: ClassVar[Need | None] = None
 
     kind: Literal["cross_entropy"]
     label_smoothing: Fraction = 0.0
@@ -222,7 +238,7 @@ class CrossEntropy(VocabularyTerm):
 class LayerTerm(_Term):
     """A term over hidden states, layer by layer."""
 
-    needs: ClassVar[Literal["logits", "hidden"] | None] = "hidden"
+    needs: ClassVar[Need | None] = "hidden"
 
     layers: Annotated[dict[Layer, Layer], Field(min_length=1)] | Literal["even", "last"] = "last"
     """{student layer: teacher layer}, 0 being the embeddings' output and i the output of block i. `even` spreads all
@@ -241,6 +257,103 @@ class HiddenCosine(LayerTerm):
     kind: Literal["hidden_cosine"]
 
 
+class RelationTerm(LayerTerm):
+    """A term over how positions of a text relate to each other; texts of one batch, where it says so."""
+
+
+class _AttentionTerm(RelationTerm):
+    needs: ClassVar[Need | None] = "attention"
+
+    heads: Literal["matched", "averaged"] = "matched"
+    """Compare head by head, which needs as many heads; or the mean map of all heads."""
+
+
+class AttentionMSE(_AttentionTerm):
+    """Mean squared difference of attention maps."""
+
+    kind: Literal["attention_mse"]
+
+
+class AttentionKL(_AttentionTerm):
+    """KL(teacher || student) of attention maps."""
+
+    kind: Literal["attention_kl"]
+
+
+class MiniLM(RelationTerm):
+    """KL of query-key and of value-value relations, head by head: needs as many heads. Usually of the last layers."""
+
+    needs: ClassVar[Need | None] = "vectors"
+
+    kind: Literal["minilm"]
+
+
+class MiniLMv2(RelationTerm):
+    """KL of query-query, key-key and value-value relations, split anew into heads: widths and heads may differ."""
+
+    needs: ClassVar[Need | None] = "vectors"
+
+    kind: Literal["minilm_v2"]
+    relation_heads: Count = 12
+    """Heads of the relations; must divide the widths of student and teacher."""
+
+
+class SimilarityTerm(RelationTerm):
+    """A term over how near states lie to each other."""
+
+    over: Literal["positions", "texts"] = "positions"
+    """Relations between the positions of a text; or, where the task is over texts, between the texts of a batch, each a
+    vector (then `layers` must be left out)."""
+
+    @model_validator(mode="after")
+    def _texts_have_no_layers(self) -> SimilarityTerm:
+        if self.over == "texts" and self.layers != "last":
+            raise ValueError("layers: with `over: texts` the vectors of whole texts are compared; leave layers out")
+        return self
+
+
+class RKDDistance(SimilarityTerm):
+    """SmoothL1 of the distances between states, in units of their mean."""
+
+    kind: Literal["rkd_distance"]
+
+
+class RKDAngle(SimilarityTerm):
+    """SmoothL1 of the angles between states, three by three: for some hundred of them at most."""
+
+    kind: Literal["rkd_angle"]
+
+
+class GramMSE(SimilarityTerm):
+    """Mean squared difference of the rows of states' products: similarity-preserving."""
+
+    kind: Literal["gram_mse"]
+
+
+class LinearCKA(SimilarityTerm):
+    """1 - linear CKA of the states. Biased where there are fewer states than dimensions."""
+
+    kind: Literal["linear_cka"]
+
+
+class VectorTerm(_Term):
+    """A term over the vectors of whole texts."""
+
+    needs: ClassVar[Need | None] = "pooled"
+
+
+class VectorMSE(VectorTerm):
+    """Mean squared difference of the vectors. Widths that differ get a learned projection, dropped at the end."""
+
+    kind: Literal["vector_mse"]
+
+
+class VectorCosine(VectorTerm):
+    """1 - cosine of the vectors. Widths that differ get a learned projection, dropped at the end."""
+
+    kind: Literal["vector_cosine"]
+
+
 LossTerm = Annotated[
     ForwardKL
     | ReverseKL
@@ -254,6 +367,16 @@ LossTerm = Annotated[
     | AdaptiveKL
     | CrossEntropy
     | HiddenMSE
-    | HiddenCosine,
+    | HiddenCosine
+    | AttentionMSE
+    | AttentionKL
+    | MiniLM
+    | MiniLMv2
+    | RKDDistance
+    | RKDAngle
+    | GramMSE
+    | LinearCKA
+    | VectorMSE
+    | VectorCosine,
     Field(discriminator="kind"),
 ]

@@ -22,6 +22,8 @@ __all__ = ["describe", "nearest", "show"]
 
 SHOWN_PROBLEMS = 20
 SHOWN_CHARACTERS = 60
+SHOWN_KINDS = 8
+"""Of a part with more kinds than these, half as many are named: a line of two dozen is not read."""
 
 _UNKNOWN = {"extra_forbidden", "invalid_key"}
 _BEGUN = {"union_tag_invalid", "union_tag_not_found", "value_error"}
@@ -154,7 +156,7 @@ def _nature(options: Sequence[Any]) -> str:
     """What a value of these types looks like in YAML."""
     kinds = _kinds([option for option in options if _tagged([option])])
     plain = [_nature_of(option) for option in options if not _tagged([option])]
-    return _either([*plain, f"a mapping with kind: {_either(kinds)}"] if kinds else plain)
+    return _either([*plain, f"a mapping with kind: {_choice(kinds)}"] if kinds else plain)
 
 
 def _nature_of(option: Any) -> str:
@@ -162,16 +164,22 @@ def _nature_of(option: Any) -> str:
         return _either([str(choice) for choice in get_args(option)])
     if get_origin(option) is list:
         items = _options(get_args(option)[0])
-        return f"a list of mappings, each with kind: {_either(_kinds(items))}" if _tagged(items) else "a list"
+        return f"a list of mappings, each with kind: {_choice(_kinds(items))}" if _tagged(items) else "a list"
     if get_origin(option) is tuple:
         return f"a list of {len(get_args(option))}"
     if _is_model(option):
-        return f"a mapping with kind: {_either(_kinds([option]))}" if _tagged([option]) else "a mapping"
+        return f"a mapping with kind: {_choice(_kinds([option]))}" if _tagged([option]) else "a mapping"
     return _NATURES.get(get_origin(option) or option, "another value")
 
 
 def _either(words: Sequence[str]) -> str:
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _choice(kinds: Sequence[str]) -> str:
+    if len(kinds) <= SHOWN_KINDS:
+        return _either(kinds)
+    return f"{', '.join(kinds[: SHOWN_KINDS // 2])}, ... ({len(kinds)} kinds; docs/recipes.md lists them)"
 
 
 def _without_echoes(problems: Sequence[_Problem]) -> list[list[_Problem]]:
@@ -225,8 +233,8 @@ def _wrong_kind(problem: _Problem) -> str:
     value = problem.error["input"]
     key = _join(problem.place.key, "kind")
     if not isinstance(value, dict) or "kind" not in value:
-        return f"{key}: missing. Give {_either(kinds)}."
-    return f"{key}: got {show(value['kind'])}, needs {_either(kinds)}.{_did_you_mean(value['kind'], kinds)}"
+        return f"{key}: missing. Give {_choice(kinds)}."
+    return f"{key}: got {show(value['kind'])}, needs {_choice(kinds)}.{_did_you_mean(value['kind'], kinds)}"
 
 
 def _rule(problem: _Problem) -> str:

@@ -1,4 +1,4 @@
-"""Who teaches: one model, the student of another run, or several models averaged.
+"""Who teaches: a model, as it is or trained first; the student of another run; several averaged; recorded answers.
 
 Refuses a mixture in which nobody has a say.
 """
@@ -6,21 +6,29 @@ Refuses a mixture in which nobody has a say.
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from potstill.recipes.numbers import Real
 from potstill.recipes.part import Part
+from potstill.recipes.training import Precision, Training
 
-__all__ = ["LocalTeacher", "Member", "MixtureTeacher", "Precision", "RunTeacher", "Teacher"]
+__all__ = [
+    "FinetuneTeacher",
+    "LocalTeacher",
+    "Member",
+    "MixtureTeacher",
+    "RecordedTeacher",
+    "RunTeacher",
+    "Teacher",
+]
 
-Precision = Literal["bf16", "fp32"]
 Say = Annotated[Real, Field(ge=0.0, le=1e6)]
 
 
 class LocalTeacher(Part):
-    """A Hugging Face causal language model in this process."""
+    """A Hugging Face model in this process, of the kind that the task asks for."""
 
     kind: Literal["local"]
     model: str
@@ -59,7 +67,7 @@ class Member(Part):
 
 
 class MixtureTeacher(Part):
-    """Several Hugging Face causal language models with one tokenizer, whose next-token probabilities are averaged."""
+    """Several Hugging Face models whose probabilities are averaged: language models of one tokenizer, classifiers."""
 
     kind: Literal["mixture"]
     members: Annotated[list[Member], Field(min_length=2)]
@@ -76,4 +84,49 @@ class MixtureTeacher(Part):
         return self
 
 
-Teacher = Annotated[LocalTeacher | RunTeacher | MixtureTeacher, Field(discriminator="kind")]
+class FinetuneTeacher(Part):
+    """A model that is first trained on the labels, in a stage of its own, and then teaches."""
+
+    kind: Literal["finetune"]
+    model: str
+    """A hub id, a folder, or `sample:NAME`: an encoder, with or without a head for the task."""
+    learns: Literal["all", "head"] = "all"
+    """Which weights are trained: all, or only the head that the task asks for and the model lacks."""
+    training: Training
+    """How it is trained: on hard labels."""
+    dtype: Precision = "bf16"
+    """Weights and arithmetic of the teacher when it teaches."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
+
+
+class RecordedTeacher(Part):
+    """Answers that were given elsewhere, by any model or API, in a file; no model of the teacher is here."""
+
+    kind: Literal["recorded"]
+    path: str
+    """A file with a row a text: .jsonl, .parquet or .csv."""
+    match: Literal["text", "id"] = "text"
+    """What tells which text of the data a row is about; the order of rows plays no part."""
+    text: str = "text"
+    """With `match: text`: the column of the text."""
+    text_pair: str | None = None
+    """With `match: text`: the column of a second text."""
+    probabilities: str | None = None
+    """Column with the probability of every class: {label: probability}, or a list in the order of `task.labels`."""
+    label: str | None = None
+    """Column with the label that was answered, where there are no probabilities."""
+
+    device: ClassVar[str] = "auto"
+    dtype: ClassVar[Precision] = "fp32"
+
+    @model_validator(mode="after")
+    def _one_answer(self) -> RecordedTeacher:
+        if (self.probabilities is None) == (self.label is None):
+            raise ValueError("needs exactly one of probabilities, label: the column that holds the answers")
+        return self
+
+
+Teacher = Annotated[
+    LocalTeacher | FinetuneTeacher | RecordedTeacher | RunTeacher | MixtureTeacher, Field(discriminator="kind")
+]

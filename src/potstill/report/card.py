@@ -1,4 +1,4 @@
-"""The model card: the student folder's README.md, as the Hugging Face hub reads it.
+"""The model card: a model folder's README.md, as the Hugging Face hub reads it.
 
 Refuses: naming a licence that nobody stated.
 """
@@ -6,17 +6,29 @@ Refuses: naming a licence that nobody stated.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
+from potstill.report.headline import write_static_headline
 from potstill.report.page import known_facts, render, save_text
 from potstill.report.story import Story
+from potstill.report.wording import wording_of
 
 __all__ = ["write_card"]
 
 
-def write_card(story: Story, student_folder: Path) -> Path:
-    """Write `README.md` into the student's folder and return its path. Raises RunError where it cannot be written."""
-    path = student_folder / "README.md"
-    save_text(path, render("card.md.jinja", {**known_facts(story), "licence_note": _licence_note(story)}))
+def write_card(story: Story, folder: Path, arm: Literal["student", "static"] = "student") -> Path:
+    """Write the `README.md` of the student's folder, or of the static classifier's, and return its path.
+
+    Raises RunError where it cannot be written.
+    """
+    path, facts = folder / "README.md", known_facts(story)
+    if arm == "static":
+        facts |= {"headline": write_static_headline(story), "caveat": ""}
+    library = "model2vec" if arm == "static" else wording_of(story.task).library
+    save_text(
+        path,
+        render("card.md.jinja", {**facts, "arm": arm, "library": library, "licence_note": _licence_note(story)}),
+    )
     return path
 
 

@@ -11,20 +11,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import plotly.graph_objects as go
 
 from potstill.report.figures import Figure, blank_figure, line_colour, mark, to_json
-from potstill.report.metrics import format_duration
+from potstill.report.numbers import format_duration
 from potstill.report.story import ARMS, CurvePoint, Story
 from potstill.report.text import plotly_label
+from potstill.report.wording import wording_of
 
 __all__ = ["training_figures", "validation_figures"]
 
 _DASHES = ("dot", "dash", "dashdot", "longdash")
+_SHARES = ("agreement", "accuracy")
 _MOST_POINTS = 400
 _HEIGHT = 260
 _LABELS = {
-    "nll": ("NLL", "Nats per token"),
-    "kl_to_teacher": ("KL to the teacher", "Nats per token"),
-    "agreement": ("agreement with the teacher", "Share of positions"),
+    "nll": ("NLL", "Nats per {words.per}"),
+    "kl_to_teacher": ("KL to the teacher", "Nats per {words.per}"),
+    "agreement": ("agreement with the teacher", "Share of {words.places}"),
     "perplexity": ("perplexity", "Tokens"),
+    "accuracy": ("accuracy", "Share of {words.places}"),
 }
 
 
@@ -41,7 +44,7 @@ def validation_figures(story: Story) -> list[Figure]:
     """A panel for each quantity that was validated during training, all arms in it."""
     curves = _recorded(story)
     names = dict.fromkeys(name for _, points in curves for point in points for name in point.validation)
-    return [_validation_figure(name, curves) for name in names]
+    return [_validation_figure(story, name, curves) for name in names]
 
 
 def _recorded(story: Story) -> list[tuple[str, Sequence[CurvePoint]]]:
@@ -75,10 +78,11 @@ def _training_figure(arm: str, logged: Sequence[CurvePoint]) -> Figure:
     )
 
 
-def _validation_figure(name: str, curves: Sequence[tuple[str, Sequence[CurvePoint]]]) -> Figure:
+def _validation_figure(story: Story, name: str, curves: Sequence[tuple[str, Sequence[CurvePoint]]]) -> Figure:
     figure, rows, ends = blank_figure(_HEIGHT, "tokens seen"), [], []
     label, unit = _LABELS.get(name, (name, "As logged"))
-    figure.update_yaxes(tickformat=".0%" if name == "agreement" else None)
+    rows_of = "texts" if wording_of(story.task).documents == "texts" else "rows"
+    figure.update_yaxes(tickformat=".0%" if name in _SHARES else None)
     for arm, points in curves:
         measured = [point for point in points if name in point.validation]
         if measured:
@@ -88,7 +92,7 @@ def _validation_figure(name: str, curves: Sequence[tuple[str, Sequence[CurvePoin
             ends.append(f"{arm} ends at {_short(measured[-1].validation[name])}")
     return Figure(
         title=f"Validation: {label}",
-        caption=f"{unit}, on the same validation rows for every arm.",
+        caption=f"{unit.format(words=wording_of(story.task))}, on the same validation {rows_of} for every arm.",
         summary=f"{label} on the validation split during training: {'; '.join(ends)}.",
         height=_HEIGHT,
         spec=to_json(figure),

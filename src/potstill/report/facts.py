@@ -1,4 +1,4 @@
-"""The tiles and tables of the page as plain rows of text, so that the HTML and the Markdown tell the same facts.
+"""The tables of the page as plain rows of text, so that the HTML and the Markdown tell the same facts.
 
 Refuses: filling a hole. What was not measured is None here and is called "not measured" there.
 """
@@ -6,34 +6,33 @@ Refuses: filling a hole. What was not measured is None here and is called "not m
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from potstill.report.headline import Verdict, judge
-from potstill.report.metrics import (
-    GAINS,
-    METRICS,
-    Metric,
-    format_interval,
-    format_rate,
-    format_size,
-    format_value,
-    metric_of,
-)
-from potstill.report.story import ARMS, SignalFacts, Story, find
+from potstill.report.metrics import Metric, gains_of, metric_of, metrics_of
+from potstill.report.numbers import format_interval, format_rate, format_size, format_value
+from potstill.report.story import ARMS, SignalFacts, Story
 from potstill.types import Measurement
 
 __all__ = [
+    "SCOPE",
     "ArmRow",
     "Cell",
     "Gain",
-    "Tile",
     "arm_rows",
     "arms_of",
     "by_definition",
+    "cell_of",
     "gain_rows",
     "signal_rows",
-    "tiles",
 ]
+
+SCOPE = "oos_"
+"""How the names of what is measured of out-of-scope texts begin."""
+
+_GAIN_MARK = "_gain_over_"
+_DETAILS = ("class:", "slice:")
+"""Slices that have tables of their own."""
 
 _DEFINITIONS = {
     ("teacher", "agreement"): 1.0,
@@ -45,6 +44,11 @@ _DEFINITIONS = {
     ("untrained", "recovered_agreement"): 0.0,
     ("untrained", "recovered_kl"): 0.0,
     ("untrained", "recovered_nll"): 0.0,
+    ("teacher", "cosine_to_teacher"): 1.0,
+    ("teacher", "spearman_to_teacher"): 1.0,
+    ("teacher", "neighbours_kept"): 1.0,
+    ("teacher", "throughput_vs_teacher"): 1.0,
+    ("teacher", "latency_vs_teacher"): 1.0,
 }
 
 
@@ -81,15 +85,6 @@ class Gain:
     zero_at: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """One number in large type, or None where it was not measured, and what it is."""
-
-    label: str
-    cell: Cell | None
-    note: str
-
-
 def by_definition(arm: str, name: str) -> float | None:
     """The value that an arm has without measuring: a teacher agrees with itself everywhere. Else None."""
     return _DEFINITIONS.get((arm, name))
@@ -101,47 +96,55 @@ def arms_of(story: Story) -> tuple[str, ...]:
     return (*(arm for arm in ARMS if arm in seen), *sorted(seen.difference(ARMS)))
 
 
-def arm_rows(story: Story) -> list[ArmRow]:
-    """One row a quantity, in the vocabulary's order; quantities outside the vocabulary follow under their own names."""
-    gains = {gain.name for gain in GAINS}
+def arm_rows(story: Story, *, scope: bool = False) -> list[ArmRow]:
+    """One row a quantity, in the vocabulary's order; quantities outside the vocabulary follow under their own names.
+
+    `scope` asks for what was measured of out-of-scope texts, and nothing else; else that is left out.
+    """
     held: dict[tuple[str, str], dict[str, Measurement]] = {}
     for measurement in story.measurements:
-        if measurement.name not in gains:
+        told_elsewhere = _GAIN_MARK in measurement.name or measurement.slice.startswith(_DETAILS)
+        if not told_elsewhere and measurement.name.startswith(SCOPE) == scope:
             held.setdefault((measurement.name, measurement.slice), {})[measurement.arm] = measurement
-    order = {metric.name: index for index, metric in enumerate(METRICS)}
+    order = {metric.name: index for index, metric in enumerate(metrics_of(story.task))}
     keys = sorted(held, key=lambda key: (order.get(key[0], len(order)), key))
-    return [_arm_row(held[key], arms_of(story)) for key in keys]
+    return [_arm_row(story, held[key], arms_of(story)) for key in keys]
 
 
-def _arm_row(by_arm: dict[str, Measurement], arms: tuple[str, ...]) -> ArmRow:
+def _arm_row(story: Story, by_arm: dict[str, Measurement], arms: tuple[str, ...]) -> ArmRow:
     first = next(iter(by_arm.values()))
-    metric = metric_of(first)
+    metric = metric_of(first, story.task)
     if first.slice != "test":
-        label = f"{metric.label} ({first.slice})"
-        metric = Metric(metric.name, label, metric.kind, metric.better, metric.meaning)
+        metric = replace(metric, label=f"{metric.label} ({first.slice})")
     counts = sorted({measurement.n for measurement in by_arm.values()})
     n = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     return ArmRow(metric, tuple(_cell(by_arm.get(arm), arm, metric) for arm in arms), n)
 
 
+def cell_of(measurement: Measurement | None) -> Cell | None:
+    """A measurement as text; None where nobody measured it."""
+    return None if measurement is None else Cell(format_value(measurement), format_interval(measurement))
+
+
 def _cell(measurement: Measurement | None, arm: str, metric: Metric) -> Cell | None:
-    if measurement is not None:
-        return Cell(format_value(measurement), format_interval(measurement))
     defined = by_definition(arm, metric.name)
-    if defined is None:
-        return None
+    if measurement is not None or defined is None:
+        return cell_of(measurement)
     return Cell(format_value(Measurement(arm, metric.name, "test", defined, None, None, 0, "")), "by definition")
 
 
 def gain_rows(story: Story, over: str) -> list[Gain]:
     """The student's paired gains over the arm `over` ("control" or "untrained"), those that were measured."""
-    named = [gain for gain in GAINS if gain.name.endswith(f"_over_{over}")]
-    found = [find(story, "student", gain.name) for gain in named]
-    return [_gain(measurement) for measurement in found if measurement is not None]
+    order = [gain.name for gain in gains_of(story.task)]
+    found = [
+        m for m in story.measurements if (m.arm, m.slice) == ("student", "test") and m.name.endswith(_GAIN_MARK + over)
+    ]
+    found.sort(key=lambda m: (order.index(m.name) if m.name in order else len(order), m.name))
+    return [_gain(story, measurement) for measurement in found]
 
 
-def _gain(measurement: Measurement) -> Gain:
-    metric, verdict = metric_of(measurement), judge(measurement)
+def _gain(story: Story, measurement: Measurement) -> Gain:
+    metric, verdict = metric_of(measurement, story.task), judge(measurement)
     cell = Cell(format_value(measurement), format_interval(measurement))
     if measurement.low is None or measurement.high is None or not math.isfinite(measurement.high - measurement.low):
         return Gain(metric, cell, verdict, None, None, None, None)
@@ -155,46 +158,10 @@ def _gain(measurement: Measurement) -> Gain:
     return Gain(metric, cell, verdict, low, high, value, zero)
 
 
-def tiles(story: Story) -> list[Tile]:
-    """The six numbers to look at first."""
-    gain = _tile(story, "Gain from distillation", "agreement_gain_over_control", "agreement, over the control arm")
-    if not story.has_control:
-        gain = Tile(gain.label, None, "unknown: this run has no control arm")
-    return [
-        _tile(story, "Agreement with the teacher", "agreement", "same most probable next token"),
-        gain,
-        _tile(story, "KL to the teacher", "kl_to_teacher", "per token; 0 is the teacher itself"),
-        _tile(story, "Gap closed", "recovered_kl", "of the untrained student's KL to the teacher"),
-        _tile(story, "Parameters", "parameters", _share_of_teacher(story)),
-        _tile(story, "Decode speed", "decode_tokens_per_s", _times_the_teacher(story)),
-    ]
-
-
-def _tile(story: Story, label: str, name: str, note: str) -> Tile:
-    measurement = find(story, "student", name)
-    if measurement is None:
-        return Tile(label, None, "")
-    return Tile(label, Cell(format_value(measurement), format_interval(measurement)), note)
-
-
-def _ratio(story: Story, name: str) -> float | None:
-    own, teachers = find(story, "student", name), find(story, "teacher", name)
-    return None if own is None or teachers is None or not teachers.value > 0 else own.value / teachers.value
-
-
-def _share_of_teacher(story: Story) -> str:
-    share, folder = _ratio(story, "parameters"), find(story, "student", "folder_bytes")
-    parts = [] if share is None else [f"{share:.1%}".replace("%", " %") + " of the teacher's"]
-    return "; ".join(parts + ([] if folder is None else [f"{format_value(folder)} on disk"]))
-
-
-def _times_the_teacher(story: Story) -> str:
-    times = _ratio(story, "decode_tokens_per_s")
-    return "on the machine named below" if times is None else f"{times:.2f} times the teacher's, same machine"
-
-
-def signal_rows(signals: SignalFacts) -> list[tuple[str, str]]:
-    """What was stored of the teacher, as (what, how much)."""
+def signal_rows(signals: SignalFacts, *, texts: bool = False) -> list[tuple[str, str]]:
+    """What was stored of the teacher, as (what, how much); `texts` says that it answered texts, one at a time."""
+    if texts:
+        return _answer_rows(signals)
     because = f": {signals.bias}" if signals.bias else ""
     rate = signals.capture_tokens_per_s
     return [
@@ -207,6 +174,19 @@ def signal_rows(signals: SignalFacts) -> list[tuple[str, str]]:
         ("capture speed", "nothing was captured" if rate is None else format_rate(rate)),
         ("damage", _damage(signals)),
         ("biased", f"{'yes' if signals.biased else 'no'}{because}"),
+    ]
+
+
+def _answer_rows(signals: SignalFacts) -> list[tuple[str, str]]:
+    rate = signals.capture_tokens_per_s
+    asked = f"{signals.pieces:,} ({signals.captured:,} asked in this run, {signals.found:,} found before)"
+    return [
+        ("what is stored", signals.kind),
+        ("stored in", signals.store),
+        ("texts", asked),
+        ("size", format_size(signals.bytes)),
+        ("capture speed", "nothing was captured" if rate is None else format_rate(rate, texts=True)),
+        ("damage", _damage(signals)),
     ]
 
 

@@ -1,15 +1,15 @@
-"""The measured quantities: what each is called, how it is defined, and how its numbers are written.
+"""The measured quantities: what each is called, and how it is defined, for every task.
 
-Every measured number on the page is written by this module, so that it looks the same everywhere. Refuses: rounding a
-number that is not finite into one that looks as if it were.
+Refuses: one word for two things. What has the same name in two tasks is defined anew in each.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from potstill.report.story import TaskFacts, kind_of
 from potstill.types import Measurement
 
 __all__ = [
@@ -17,22 +17,17 @@ __all__ = [
     "METRICS",
     "Kind",
     "Metric",
-    "format_duration",
-    "format_interval",
-    "format_measurement",
-    "format_rate",
-    "format_size",
-    "format_value",
+    "gains_of",
+    "kind_of_number",
     "metric_of",
+    "metrics_of",
 ]
 
-Kind = Literal["plain", "nats", "share", "points", "nats_gain", "count", "bytes", "rate"]
-_HUGE = 1e15
-_PERCENT = ("share", "points")
-_SIGNED = ("points", "nats_gain")
-_SUFFIX: dict[Kind, str] = {
-    "plain": "", "nats": " nats", "share": " %", "points": " points", "nats_gain": " nats", "rate": " tokens/s",
-}  # fmt: skip
+Kind = Literal[
+    "plain", "plain_gain", "nats", "share", "points", "nats_gain", "count", "bytes", "rate", "text_rate", "ms", "times",
+    "usd",
+]  # fmt: skip
+ARMS_COMPARED = ("control", "untrained")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +41,33 @@ class Metric:
     meaning: str
 
 
-METRICS = tuple(
-    Metric(*row)
-    for row in (
+def _metrics(*rows: tuple[str, str, Kind, str, str]) -> tuple[Metric, ...]:
+    return tuple(Metric(*row) for row in rows)
+
+
+_SIZES = _metrics(
+    ("parameters", "Parameters", "count", "", "Weights of the model, tied ones counted once."),
+    ("folder_bytes", "Size on disk", "bytes", "",
+     "Bytes of the model folder as saved, tokenizer included (1 MB = 10^6 bytes)."),
+)  # fmt: skip
+
+_MEMORY = _metrics(
+    ("peak_memory_bytes", "Peak memory", "bytes", "lower",
+     "What the arm itself needed while its speed was measured (weights, caches, activations of one batch): the "
+     "peak of the process meanwhile, minus what it held once the arm was unloaded. On a GPU, the GPU's memory."),
+)  # fmt: skip
+
+_GAP = _metrics(
+    ("recovered_agreement", "Gap closed: agreement", "share", "higher",
+     "(A_arm - A_untrained) / (A_teacher - A_untrained), A the agreement; A_teacher = 1."),
+    ("recovered_kl", "Gap closed: KL", "share", "higher",
+     "(KL_untrained - KL_arm) / KL_untrained: 0 % is the untrained student, 100 % the teacher."),
+    ("recovered_nll", "Gap closed: NLL", "share", "higher",
+     "(NLL_untrained - NLL_arm) / (NLL_untrained - NLL_teacher)."),
+)  # fmt: skip
+
+_LANGUAGE = (
+    *_metrics(
         ("agreement", "Agreement with the teacher", "share", "higher",
          "Share of held-out positions where the arm's most probable next token is the teacher's: "
          "(1/N) sum_t [argmax q_t = argmax p_t]."),
@@ -66,133 +85,254 @@ METRICS = tuple(
         ("retention", "Retention", "share", "higher",
          "exp(NLL_teacher - NLL_arm): geometric-mean probability of the true token, arm / teacher. "
          "Above 100 % the arm predicts this text better than its teacher."),
-        ("recovered_agreement", "Gap closed: agreement", "share", "higher",
-         "(A_arm - A_untrained) / (A_teacher - A_untrained), A the agreement; A_teacher = 1."),
-        ("recovered_kl", "Gap closed: KL", "share", "higher",
-         "(KL_untrained - KL_arm) / KL_untrained: 0 % is the untrained student, 100 % the teacher."),
-        ("recovered_nll", "Gap closed: NLL", "share", "higher",
-         "(NLL_untrained - NLL_arm) / (NLL_untrained - NLL_teacher)."),
-        ("parameters", "Parameters", "count", "", "Weights of the model, tied ones counted once."),
-        ("folder_bytes", "Size on disk", "bytes", "",
-         "Bytes of the model folder as saved, tokenizer included (1 MB = 10^6 bytes)."),
+    ),
+    *_GAP,
+    *_SIZES,
+    *_metrics(
         ("prefill_tokens_per_s", "Prefill speed", "rate", "higher",
          "Prompt tokens read per second on this machine, in evaluation."),
         ("decode_tokens_per_s", "Decode speed", "rate", "higher",
          "Tokens written per second on this machine, in evaluation."),
-        ("peak_memory_bytes", "Peak memory", "bytes", "lower",
-         "What the arm itself needed while its speed was measured (weights, caches, activations of one batch): the "
-         "peak of the process meanwhile, minus what it held once the arm was unloaded. On a GPU, the GPU's memory."),
-    )
-)  # fmt: skip
-"""All quantities of an arm, in the order of the tables."""
-
-_COMPARED: tuple[tuple[str, str, Kind, str], ...] = (
-    ("agreement", "Agreement", "points", "agreement of the student minus that of the other arm, in percentage points"),
-    ("kl", "KL to the teacher", "nats_gain", "KL of the other arm minus that of the student, nats per token"),
-    ("nll", "NLL", "nats_gain", "NLL of the other arm minus that of the student, nats per token"),
+    ),
+    *_MEMORY,
 )  # fmt: skip
 
-GAINS = tuple(
-    Metric(f"{short}_gain_over_{arm}", label, kind, "higher", meaning)
-    for arm in ("control", "untrained")
-    for short, label, kind, meaning in _COMPARED
-)
+_MASKED = (
+    *_metrics(
+        ("agreement", "Agreement with the teacher", "share", "higher",
+         "Share of held-out masked positions where the arm's most probable token is the teacher's: "
+         "(1/N) sum_t [argmax q_t = argmax p_t]. Every arm sees the same masks."),
+        ("kl_to_teacher", "KL to the teacher", "nats", "lower",
+         "Mean over held-out masked positions of KL(p || q) = sum_v p(v) (log p(v) - log q(v)), p the teacher, q the "
+         "arm, temperature 1. Nats per masked token; 0 means the same predictions."),
+        ("nll", "Masked-token loss (NLL)", "nats", "lower",
+         "-(1/N) sum_t log q(x_t | the masked text) of the tokens that the masks hide. Nats per masked token. Devlin "
+         "et al. (2019), arXiv:1810.04805."),
+        ("perplexity", "Perplexity", "plain", "lower",
+         "exp(NLL): the number of equally likely tokens that would surprise as much. Of masked tokens: not to be "
+         "compared with a causal model's."),
+        ("ece", "Calibration error", "share", "lower",
+         "Expected calibration error of the most probable token at a mask: sum_m (n_m / N) |accuracy_m - confidence_m| "
+         "over 15 bins of confidence of equal width. Few positions make it larger than it is."),
+        ("retention", "Retention", "share", "higher",
+         "exp(NLL_teacher - NLL_arm): geometric-mean probability of the hidden token, arm / teacher. "
+         "Above 100 % the arm predicts this text better than its teacher."),
+    ),
+    *_GAP,
+    *_SIZES,
+    *_metrics(
+        ("prefill_tokens_per_s", "Reading speed", "rate", "higher",
+         "Tokens read per second on this machine, in evaluation."),
+    ),
+    *_MEMORY,
+)  # fmt: skip
+
+_SERVED = (
+    *_metrics(
+        ("throughput_per_s", "Throughput", "text_rate", "higher",
+         "Held-out texts answered per second, 32 at a time, tokenisation included, on this machine, in evaluation."),
+        ("throughput_vs_teacher", "Throughput, against the teacher", "times", "higher",
+         "Throughput of the arm / throughput of the teacher, both in this evaluation."),
+        ("latency_p50_ms", "Latency, p50", "ms", "lower",
+         "Median time to answer one text that comes alone, tokenisation included, over held-out texts of all lengths."),
+        ("latency_p95_ms", "Latency, p95", "ms", "lower", "Time within which 95 % of single texts were answered."),
+        ("latency_vs_teacher", "Latency, against the teacher", "times", "lower",
+         "p50 of the arm / p50 of the teacher, both in this evaluation."),
+        ("cost_usd_per_1000", "Cost of 1,000 queries", "usd", "lower",
+         "Of a machine kept busy: price an hour / 3600 / throughput x 1000. Of an API: what it charges."),
+    ),
+    *_SIZES,
+    *_MEMORY,
+)  # fmt: skip
+
+_SOFT = _metrics(
+    ("agreement", "Agreement with the teacher", "share", "higher",
+     "Share of held-out texts for which the arm's most probable class is the teacher's, right or wrong: "
+     "(1/N) sum_i [argmax q_i = argmax p_i]."),
+    ("kl_to_teacher", "KL to the teacher", "nats", "lower",
+     "Mean over held-out texts of KL(p || q) = sum_c p(c) (log p(c) - log q(c)) over the classes, p the teacher, q the "
+     "arm, temperature 1. Nats per text; 0 means the same probabilities."),
+    ("nll", "Negative log-likelihood", "nats", "lower",
+     "-(1/N) sum_i log q(the true class of text i). Nats per text."),
+    ("ece", "Calibration error", "share", "lower",
+     "Expected calibration error of the most probable class: how far its probability (confidence) is from the share of "
+     "texts for which it is right. sum_m (n_m / N) |accuracy_m - confidence_m| over 15 bins of confidence of equal "
+     "width; Guo et al. (2017), arXiv:1706.04599. Few texts make it larger than it is."),
+    ("ece_calibrated", "Calibration error, with temperature", "share", "lower",
+     "The same once the arm's scores are divided by its temperature, which changes no answer."),
+    ("temperature", "Temperature", "plain", "",
+     "The number by which the arm's scores are divided to be calibrated; above 1 the arm was too sure. Fitted on the "
+     "validation split alone, to the least negative log-likelihood; Guo et al. (2017), section 4.2."),
+)  # fmt: skip
+
+_SCOPE = _metrics(
+    ("oos_auroc", "Out of scope: AUROC", "share", "higher",
+     "Probability that a text that belongs to no class gets a lower confidence than one that does, ties counted half: "
+     "50 % is a coin. Confidence is the probability of the most probable class, after the arm's temperature where one "
+     "was fitted; Hendrycks and Gimpel (2017), "
+     "arXiv:1610.02136."),
+    ("oos_recall", "Out of scope: recall", "share", "higher",
+     "Share of the out-of-scope test texts whose confidence lies below the threshold."),
+    ("oos_precision", "Out of scope: precision", "share", "higher",
+     "Of the test texts below the threshold, the share that is out of scope. It was asked for on the validation split; "
+     "on the test split it is what it turns out to be."),
+    ("oos_threshold", "Out of scope: threshold", "plain", "",
+     "The confidence below which a text is taken for out of scope: chosen on the validation split for the highest "
+     "recall at the precision that was asked for."),
+)  # fmt: skip
+
+_CLASSES = (
+    *_metrics(
+        ("accuracy", "Accuracy", "share", "higher",
+         "Share of held-out texts whose most probable class is the true one."),
+        ("macro_f1", "Macro F1", "share", "higher",
+         "Mean over classes of F1 = 2 P R / (P + R), P the precision and R the recall of a class: every class counts "
+         "alike, however rare; Opitz and Burst (2019), arXiv:1911.03347."),
+        ("retention", "Retention", "share", "higher",
+         "Accuracy of the arm / accuracy of the teacher, on the same texts."),
+    ),
+    *_SOFT,
+    *_SCOPE,
+    *_SERVED,
+)  # fmt: skip
+
+_LABELS = (
+    *_metrics(
+        ("macro_f1", "Macro F1", "share", "higher",
+         "Mean over labels of F1 = 2 P R / (P + R), each label being given where its probability is above one half; "
+         "Opitz and Burst (2019), arXiv:1911.03347."),
+        ("micro_f1", "Micro F1", "share", "higher", "F1 of all pairs of a text and a label together."),
+        ("accuracy", "All labels right", "share", "higher",
+         "Share of held-out texts that got all of their labels and no other."),
+        ("retention", "Retention", "share", "higher",
+         "Share of texts with all labels right, of the arm / of the teacher, on the same texts."),
+    ),
+    *(
+        replace(metric, meaning=meaning) if (meaning := {
+            "agreement": "Share of held-out texts that got the same set of labels from the arm as from the teacher.",
+            "kl_to_teacher": "Mean over held-out texts and labels of KL(p || q), p and q the probabilities of teacher "
+            "and arm that the text bears the label, temperature 1. Nats per label; 0 means the same probabilities.",
+            "nll": "-(1/N) sum_i log q(whether text i bears the label), over texts and labels. Nats per label.",
+            "ece": "Expected calibration error: how far the probability of the more probable answer (the label is "
+            "borne, or not) is from the share of times that it is right, over 15 bins of confidence of equal width; "
+            "Guo et al. (2017), arXiv:1706.04599.",
+        }.get(metric.name)) else metric
+        for metric in _SOFT
+    ),
+    *_SERVED,
+)  # fmt: skip
+
+_WORDS = (
+    *_metrics(
+        ("accuracy", "Accuracy", "share", "higher",
+         "Share of held-out words whose most probable class is the true one."),
+        ("macro_f1", "Macro F1", "share", "higher",
+         "Mean over classes of F1 = 2 P R / (P + R) over words; Opitz and Burst (2019), arXiv:1911.03347."),
+        ("entity_f1", "Entity F1", "share", "higher",
+         "F1 of whole entities, as B- and I- labels mark them: one is found where its first word, its last word and "
+         "its type are all right; Tjong Kim Sang and De Meulder (2003), arXiv:cs/0306050."),
+        ("retention", "Retention", "share", "higher",
+         "Accuracy of the arm / accuracy of the teacher, on the same words."),
+    ),
+    *(
+        replace(metric, meaning=metric.meaning.replace("texts", "words").replace("text", "word")) for metric in _SOFT
+    ),
+    *_SERVED,
+)  # fmt: skip
+
+_VECTORS = (
+    *_metrics(
+        ("spearman_to_teacher", "Similarities as the teacher's", "plain", "higher",
+         "Spearman's rank correlation, over pairs of held-out texts, of the cosine that the arm gives a pair with the "
+         "one that the teacher gives it: 1 means the same order of all pairs."),
+        ("neighbours_kept", "Neighbours kept", "share", "higher",
+         "Of the teacher's 10 nearest neighbours of a held-out text, the mean share that is among the arm's 10."),
+        ("cosine_to_teacher", "Cosine to the teacher", "plain", "higher",
+         "Mean cosine of the arm's vector of a held-out text with the teacher's; measured only where both are of the "
+         "same width."),
+        ("sts_spearman", "Likeness as people judge it", "plain", "higher",
+         "Spearman's rank correlation of the cosine of two texts with the number that their label gives their "
+         "likeness; Reimers and Gurevych (2019), arXiv:1908.10084, section 4.1."),
+    ),
+    *_SERVED,
+)  # fmt: skip
+
+_QUANTITIES: dict[str, tuple[Metric, ...]] = {
+    "language_model": _LANGUAGE,
+    "masked_lm": _MASKED,
+    "classification": _CLASSES,
+    "multi_label": _LABELS,
+    "token_classification": _WORDS,
+    "embedding": _VECTORS,
+}
+
+_Compared = tuple[str, str, Kind, str]
+_AGREEMENT: _Compared = (
+    "agreement", "Agreement", "points", "agreement of the student minus that of the other arm, in percentage points",
+)  # fmt: skip
+_KL: _Compared = ("kl", "KL to the teacher", "nats_gain", "KL of the other arm minus that of the student, nats {per}")
+_NLL: _Compared = ("nll", "NLL", "nats_gain", "NLL of the other arm minus that of the student, nats {per}")
+_F1: _Compared = (
+    "macro_f1", "Macro F1", "points", "macro F1 of the student minus that of the other arm, in percentage points",
+)  # fmt: skip
+_RIGHT: _Compared = (
+    "accuracy", "Accuracy", "points", "accuracy of the student minus that of the other arm, in percentage points",
+)  # fmt: skip
+_ENTITIES: _Compared = (
+    "entity_f1", "Entity F1", "points", "entity F1 of the student minus that of the other arm, in percentage points",
+)  # fmt: skip
+_ALL_RIGHT: _Compared = (
+    "accuracy", "All labels right", "points",
+    "share of texts with all labels right, of the student minus of the other arm, in percentage points",
+)  # fmt: skip
+_PAIRED: dict[str, tuple[str, tuple[_Compared, ...]]] = {
+    "language_model": ("per token", (_AGREEMENT, _KL, _NLL)),
+    "masked_lm": ("per masked token", (_AGREEMENT, _KL, _NLL)),
+    "classification": ("per text", (_RIGHT, _F1, _AGREEMENT, _KL)),
+    "multi_label": ("per label", (_F1, _ALL_RIGHT, _AGREEMENT, _KL)),
+    "token_classification": ("per word", (_RIGHT, _F1, _ENTITIES, _AGREEMENT, _KL)),
+    "embedding": ("", ()),
+}
+"""Of each task: per what its nats are, and what is compared text by text."""
+
+
+def _gains(per: str, compared: tuple[_Compared, ...]) -> Iterator[Metric]:
+    for arm in ARMS_COMPARED:
+        for short, label, kind, meaning in compared:
+            yield Metric(f"{short}_gain_over_{arm}", label, kind, "higher", meaning.format(per=per))
+
+
+_GAINS = {kind: tuple(_gains(*paired)) for kind, paired in _PAIRED.items()}
+
+METRICS = _LANGUAGE
+"""All quantities of an arm of a language model, in the order of the tables."""
+
+GAINS = _GAINS["language_model"]
 """Paired differences on the same documents; positive means that the student is better."""
 
-_BY_NAME = {metric.name: metric for metric in METRICS + GAINS}
+_NUMBERS: dict[str, Kind] = {
+    metric.name: metric.kind for found in (*_QUANTITIES.values(), *_GAINS.values()) for metric in found
+}
 
 
-def metric_of(measurement: Measurement) -> Metric:
-    """The quantity of a measurement; one outside the vocabulary is shown under its own name, with its own unit."""
-    known = _BY_NAME.get(measurement.name)
-    return known or Metric(measurement.name, measurement.name, "plain", "", measurement.unit)
+def metrics_of(task: TaskFacts | None) -> tuple[Metric, ...]:
+    """All quantities of an arm in this task, in the order of the tables."""
+    return _QUANTITIES[kind_of(task)]
 
 
-def format_value(measurement: Measurement) -> str:
-    """The value with its unit: three significant digits, a percentage one decimal; more where the interval is finer."""
-    kind = metric_of(measurement).kind
-    factor, suffix = _scale(measurement.value, kind)
-    value = measurement.value * factor
-    sign = "+" if kind in _SIGNED and value > 0 else ""
-    return f"{sign}{_number(value, _decimals(measurement, kind, factor))}{suffix}"
+def gains_of(task: TaskFacts | None) -> tuple[Metric, ...]:
+    """Paired differences on the same documents in this task; positive means that the student is better."""
+    return _GAINS[kind_of(task)]
 
 
-def format_interval(measurement: Measurement) -> str:
-    """The 95 % interval in brackets, in the unit and with the decimals of the value; empty where there is none."""
-    if measurement.low is None or measurement.high is None:
-        return ""
-    kind = metric_of(measurement).kind
-    factor, _ = _scale(measurement.value, kind)
-    decimals = _decimals(measurement, kind, factor)
-    return f"[{_number(measurement.low * factor, decimals)}, {_number(measurement.high * factor, decimals)}]"
+def metric_of(measurement: Measurement, task: TaskFacts | None = None) -> Metric:
+    """The quantity of a measurement; one outside the task's vocabulary stands under its own name, with its own unit."""
+    for metric in (*metrics_of(task), *gains_of(task)):
+        if metric.name == measurement.name:
+            return metric
+    return Metric(measurement.name, measurement.name, "plain", "", measurement.unit)
 
 
-def format_measurement(measurement: Measurement) -> str:
-    """Value, unit and interval: `45.4 % [44.3, 46.5]`."""
-    return f"{format_value(measurement)} {format_interval(measurement)}".rstrip()
-
-
-def format_size(count: int) -> str:
-    """Bytes: `817 bytes`, `12.4 MB`, `1.02 GB` (10^9)."""
-    return format_value(Measurement("", "folder_bytes", "test", count, None, None, 1, "bytes"))
-
-
-def format_rate(tokens_per_s: float) -> str:
-    """Tokens per second: `5,310 tokens/s`."""
-    return format_value(Measurement("", "prefill_tokens_per_s", "test", tokens_per_s, None, None, 1, "tokens/s"))
-
-
-def format_duration(seconds: float) -> str:
-    """Wall time: `4.21 s`, `38 s`, `4 min 12 s`, `1 h 05 min`."""
-    if not math.isfinite(seconds):
-        return _number(seconds, 0)
-    if seconds < 10:
-        return f"{seconds:.2f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60:,} h {minutes % 60:02d} min"
-
-
-def _scale(value: float, kind: Kind) -> tuple[float, str]:
-    if kind in _PERCENT:
-        return 100.0, _SUFFIX[kind]
-    if kind not in ("count", "bytes"):
-        return 1.0, _SUFFIX[kind]
-    plain, big = ("", ("K", "M", "B")) if kind == "count" else (" bytes", (" kB", " MB", " GB"))
-    for power, suffix in zip((1e9, 1e6, 1e3), reversed(big), strict=True):
-        # 999.6 thousand would be written 1,000K: it is a million.
-        if abs(value) >= 0.9995 * power:
-            return 1 / power, suffix
-    return 1.0, plain
-
-
-def _decimals(measurement: Measurement, kind: Kind, factor: float) -> int:
-    low, high = measurement.low, measurement.high
-    width = 0.0 if low is None or high is None else (high - low) * factor
-    size = max(abs(measurement.value) * factor, width / 2)
-    if not (math.isfinite(size) and math.isfinite(width)) or size == 0 or (kind == "count" and factor == 1):
-        return int(kind in _PERCENT)
-    if size >= _HUGE:
-        return 0
-    exponent = math.floor(math.log10(size))
-    # A value just under a power of ten is written as that power: it has one digit more before the point.
-    exponent += round(size, 2 - exponent) >= 10.0 ** (exponent + 1)
-    digits = max(1, -exponent) if kind in _PERCENT else 2 - exponent
-    width_digits = -math.floor(math.log10(width)) if width > 0 else digits
-    return min(max(digits, width_digits), 6)
-
-
-def _number(value: float, decimals: int) -> str:
-    if math.isnan(value):
-        return "not a number"
-    if math.isinf(value):
-        return "infinite"
-    if abs(value) >= _HUGE:
-        return f"{value:.2e}".replace("-", "−")
-    rounded = round(value, decimals)
-    text = f"{abs(rounded):,.{max(decimals, 0)}f}"
-    return f"−{text}" if rounded < 0 else text
+def kind_of_number(name: str) -> Kind:
+    """How numbers of this name are written, in whatever task; plainly where none knows the name."""
+    return _NUMBERS.get(name, "plain")

@@ -5,29 +5,27 @@ Refuses: the network. Everything is inlined, and the page's own content policy f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from potstill.errors import RunError
+from potstill.report.classes import class_figure, confusion_rows, slice_arms, slice_rows
 from potstill.report.curves import training_figures, validation_figures
-from potstill.report.facts import Cell, arm_rows, arms_of, gain_rows, signal_rows, tiles
-from potstill.report.figures import (
-    PALETTE,
-    arm_colour,
-    dark_twins,
-    packed_plotly,
-    plotly_size,
-    recovered_figure,
-    speed_figures,
-)
+from potstill.report.explain import define, explain_arms, sum_up_price, task_rows
+from potstill.report.facts import Cell, arm_rows, arms_of, cell_of, gain_rows, signal_rows
+from potstill.report.figures import PALETTE, arm_colour, dark_twins, packed_plotly, plotly_size, recovered_figure
 from potstill.report.headline import write_caveat, write_headline
-from potstill.report.metrics import GAINS, METRICS, format_duration
+from potstill.report.numbers import format_duration
+from potstill.report.phases import phase_rows
 from potstill.report.reliability import reliability_figure
-from potstill.report.story import ARMS, Story
+from potstill.report.story import ARMS, Story, kind_of
 from potstill.report.text import cell, fenced, scalar, visible
+from potstill.report.tiles import tiles
+from potstill.report.tradeoff import speed_figures
+from potstill.report.wording import wording_of
 
 __all__ = ["known_facts", "render", "save_text", "write_report"]
 
@@ -47,26 +45,38 @@ def known_facts(story: Story) -> dict[str, Any]:
     """What the templates of page, Markdown and card share: the story, and everything computed from it as text."""
     return {
         "story": story,
+        "words": wording_of(story.task),
+        "kind": kind_of(story.task),
         "headline": write_headline(story),
         "caveat": write_caveat(story),
+        "task": task_rows(story),
         "tiles": tiles(story),
         "arms": arms_of(story),
         "rows": arm_rows(story),
-        "gain_tables": [(over, title, gain_rows(story, over)) for over, title in _GAIN_TITLES],
+        "scope": arm_rows(story, scope=True),
+        "confusions": confusion_rows(story.confusions),
+        "slice_arms": slice_arms(story),
+        "slices": [(value, [cell_of(one) for one in measured], n) for value, measured, n in slice_rows(story)],
+        "phases": phase_rows(story),
+        "gain_tables": [(over, title, gain_rows(story, over)) for over, title in _gain_titles(story)],
         "trained_tokens": max((point.tokens for point in story.curves.get("student", ())), default=0),
         "sampled": _sampled_arms(story),
         "stages": _stage_rows(story),
+        "price": sum_up_price(story),
+        "split_columns": _split_columns(story),
         "splits": _split_rows(story),
-        "arms_explained": _explain_arms(story),
-        "definitions": _definitions(),
-        "stored": signal_rows(story.signals) if story.signals else [],
+        "arms_explained": explain_arms(story),
+        "definitions": define(story),
+        "stored": _signal_rows(story),
     }
 
 
-_GAIN_TITLES = (
-    ("control", "What distillation added: the student against the control arm"),
-    ("untrained", "What training added: the student against its untrained self"),
-)
+def _gain_titles(story: Story) -> tuple[tuple[str, str], ...]:
+    control = ("control", "What distillation added: the student against the control arm")
+    untrained = ("untrained", "What training added: the student against its untrained self")
+    if kind_of(story.task) == "embedding":  # without hard labels there is no control arm to be missed
+        return (untrained,) if gain_rows(story, "untrained") else ()
+    return control, untrained
 
 
 def render(template: str, facts: dict[str, Any]) -> str:
@@ -111,18 +121,25 @@ def save_text(path: Path, text: str) -> None:
 
 def _pictures(story: Story) -> dict[str, Any]:
     learning, speed = [training_figures(story), validation_figures(story)], speed_figures(story)
-    recovered, reliability = recovered_figure(story), reliability_figure(story)
-    drawn = any([*learning, speed, recovered, reliability])
+    recovered, reliability, classes = recovered_figure(story), reliability_figure(story), class_figure(story)
+    drawn = any([*learning, speed, recovered, reliability, classes])
     return {
         "learning": learning,
         "speed": speed,
         "recovered": recovered,
         "reliability": reliability,
+        "classes": classes,
         "plotly_size": plotly_size(),
         "packed": packed_plotly() if drawn else "",
         "style": render("style.css.jinja", {"palette": PALETTE}),
         "script": render("script.js.jinja", {"twins": dark_twins()}),
     }
+
+
+def _signal_rows(story: Story) -> list[tuple[str, str]]:
+    if story.signals is None:
+        return []
+    return signal_rows(story.signals, texts=wording_of(story.task).documents == "texts")
 
 
 def _number(shown: Cell | None) -> str:
@@ -150,63 +167,24 @@ def _stage_rows(story: Story) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _split_rows(story: Story) -> list[tuple[str, str, str, str]]:
+def _split_counts(story: Story) -> list[tuple[str, Mapping[str, int]]]:
+    """What was counted of each split, with its name."""
     if story.data is None:
         return []
-    held = (story.data.documents, story.data.tokens, story.data.rows)
+    if wording_of(story.task).documents == "texts":
+        return [("texts", story.data.documents), ("labelled", story.data.labelled)]
+    return [("documents", story.data.documents), ("tokens", story.data.tokens), ("packed rows", story.data.rows)]
+
+
+def _split_columns(story: Story) -> list[str]:
+    return ["split", *(name for name, counts in _split_counts(story) if counts or name != "labelled")]
+
+
+def _split_rows(story: Story) -> list[tuple[str, ...]]:
+    held = [counts for name, counts in _split_counts(story) if counts or name != "labelled"]
     splits = dict.fromkeys(split for counts in held for split in counts)
-    return [(split, *(_count(counts.get(split)) for counts in held)) for split in splits]  # type: ignore[misc]
+    return [(split, *(_count(counts.get(split)) for counts in held)) for split in splits]
 
 
 def _count(value: int | None) -> str:
     return "not recorded" if value is None else f"{value:,}"
-
-
-def _explain_arms(story: Story) -> str:
-    control = (
-        "control is the same initial student, trained on the same batches in the same order with hard labels only, so "
-        "that the difference to it is what the teacher's signal added"
-        if story.has_control
-        else "a control arm (the same student trained on hard labels only) was not run, so that what distillation "
-        "added beyond plain training is unknown"
-    )
-    return (
-        "Teacher is the large model; untrained is the student as it was made, before any training; "
-        f"{control}; student is the distilled model."
-    )
-
-
-def _definitions() -> list[tuple[str, str]]:
-    return [
-        *((metric.label, metric.meaning) for metric in METRICS),
-        ("Gains", "Paired on the same documents: " + "; ".join(_paired()) + ". Positive: the student is better."),
-        *_READING,
-    ]
-
-
-def _paired() -> Iterable[str]:
-    return (gain.meaning for gain in GAINS if gain.name.endswith("_over_control"))
-
-
-_READING = (
-    (
-        "Intervals",
-        "95 % bootstrap intervals: whole held-out documents are drawn again with replacement, many times, and the "
-        "number is computed on each draw. Both sides of a gain and of a gap share each draw. Another set of documents "
-        "would move a number about so far. A gain whose interval holds 0 is not shown to differ from chance. Intervals "
-        "of speeds, where given, are over repeated timings.",
-    ),
-    (
-        "n",
-        "How many observations a number rests on; for quality these are the documents that are resampled.",
-    ),
-    (
-        "What the intervals leave out",
-        "The luck of training: one seed was run, and another seed, order of data or learning rate could move each arm.",
-    ),
-    (
-        "What is not measured",
-        "Downstream tasks, factual accuracy, calibration of whole answers, safety, other domains or languages than the "
-        "held-out split, and speed on other machines, batch sizes or serving software.",
-    ),
-)

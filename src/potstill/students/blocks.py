@@ -1,4 +1,4 @@
-"""A decoder's stack of blocks: find it, and run the model with other blocks in its place for a while.
+"""A transformer's stack of blocks: find it, and run the model with other blocks in its place for a while.
 
 Refuses models whose stack is not one list of `num_hidden_layers` modules.
 """
@@ -17,10 +17,10 @@ __all__ = ["Given", "find_blocks", "pick_layers", "replaced_blocks"]
 
 
 def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
-    """The name (from the model's root) and the list of the decoder's blocks. Raises ModelError where there is none."""
+    """The name (from the model's root) and the list of its transformer blocks. Raises ModelError without one."""
     depth = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth and "." in name:
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
             return name, module
     raise ModelError(
         f"student.kind=layers: {type(model).__name__} has no single list of {depth} blocks to cut from. "
@@ -31,9 +31,10 @@ def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
 class Given(nn.Module):
     """A block that says what was computed before, whatever it is asked; else it looks like the block it stands for."""
 
-    def __init__(self, hidden_BTD: Tensor, like: nn.Module) -> None:
+    def __init__(self, hidden_BTD: Tensor, like: nn.Module, *, beside: int | None = None) -> None:
+        """`beside`: how many things come after the hidden states in a block's tuple; None where it gives no tuple."""
         super().__init__()
-        self.hidden_BTD = hidden_BTD
+        self.hidden_BTD, self.beside = hidden_BTD, beside
         object.__setattr__(self, "_like", like)
 
     def __getattr__(self, name: str) -> Any:
@@ -43,9 +44,9 @@ class Given(nn.Module):
         except AttributeError:
             return getattr(object.__getattribute__(self, "_like"), name)
 
-    def forward(self, *_: Any, **__: Any) -> Tensor:
-        """The given hidden states."""
-        return self.hidden_BTD
+    def forward(self, *_: Any, **__: Any) -> Tensor | tuple[Tensor | None, ...]:
+        """The given hidden states, in the form in which the block itself gives them."""
+        return self.hidden_BTD if self.beside is None else (self.hidden_BTD, *[None] * self.beside)
 
 
 @contextmanager

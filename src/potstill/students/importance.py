@@ -67,13 +67,13 @@ def choose_greedily(
     rises: dict[int, float] = {}
     reached, until = 0.0, time.monotonic() + seconds
     while len(kept) > count and time.monotonic() < until:
-        inputs = _block_inputs(model, blocks, kept, run)
+        inputs, beside = _block_inputs(model, blocks, kept, run)
         candidates = sorted(kept, key=rises.__getitem__)[:shortlist] if rises else kept
         values: dict[int, float] = {}
         for layer in candidates:
             if time.monotonic() < until:
                 i = kept.index(layer)
-                later = [Given(inputs[i], blocks[layer]), *(blocks[other] for other in kept[i + 1 :])]
+                later = [Given(inputs[i], blocks[layer], beside=beside), *(blocks[other] for other in kept[i + 1 :])]
                 values[layer] = _comparable(distance(_run_with(model, later, kept[i:], run)))
         if len(values) < len(candidates):
             break  # judging half a round would favour the layers that were tried first
@@ -83,7 +83,7 @@ def choose_greedily(
         removed.append((worst, reached))
         progress(len(removed), reached)
     if len(kept) > count and not rises:
-        rises = _influences(_block_inputs(model, blocks, kept, run))
+        rises = _influences(_block_inputs(model, blocks, kept, run)[0])
     for layer in sorted(kept, key=rises.__getitem__)[: max(0, len(kept) - count)] if rises else ():
         kept.remove(layer)
         removed.append((layer, None))
@@ -91,19 +91,25 @@ def choose_greedily(
     return LayerChoice(tuple(kept), tuple(removed))
 
 
-def _block_inputs(model: Any, blocks: nn.ModuleList, kept: list[int], run: Callable[[], Tensor]) -> list[Tensor]:
-    """The input of every kept block, and the last one's output at the end."""
+def _block_inputs(
+    model: Any, blocks: nn.ModuleList, kept: list[int], run: Callable[[], Tensor]
+) -> tuple[list[Tensor], int | None]:
+    """The input of every kept block, and the last one's output at the end; how many things that gave beside it."""
     seen: list[Tensor] = []
+    last: list[Any] = []
     chosen = [blocks[layer] for layer in kept]
     hooks = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for block in chosen]
-    hooks.append(chosen[-1].register_forward_hook(lambda _, __, output: seen.append(_first(output))))
+    hooks.append(chosen[-1].register_forward_hook(lambda _, __, output: last.append(output)))
     try:
         with replaced_blocks(model, chosen, kept):
             run()
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    (output,) = last
+    if isinstance(output, tuple):
+        return [*seen, output[0]], len(output) - 1
+    return [*seen, output], None
 
 
 def _run_with(model: Any, blocks: Sequence[nn.Module], kinds: Sequence[int], run: Callable[[], Tensor]) -> Tensor:
@@ -122,8 +128,3 @@ def _influences(inputs: list[Tensor]) -> dict[int, float]:
 def _comparable(distance: float) -> float:
     """NaN is neither more nor less than another number, but a model that gives it is the worst."""
     return math.inf if math.isnan(distance) else distance
-
-
-def _first(output: Any) -> Tensor:
-    first: Tensor = output[0] if isinstance(output, tuple) else output
-    return first

@@ -1,11 +1,13 @@
 """A student's first weights, and the folder that it is handed out in.
 
-Every folder loads with plain `AutoModelForCausalLM.from_pretrained`. Refuses to change the teacher that it cuts from.
+Every folder loads with plain transformers, through the auto class of its kind. Refuses to change the teacher that it
+cuts from.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,7 +37,7 @@ def check_layers(keep: Sequence[int], depth: int, key: str = "student.keep") -> 
 
 
 def cut_layers(teacher: Any, keep: Sequence[int]) -> Any:
-    """A model of the teacher's kind with only the layers `keep` (0-based, ascending), everything else copied.
+    """A model of the teacher's class with only the layers `keep` (0-based, ascending), everything else copied.
 
     Sanh et al. (2019), arXiv:1910.01108, section 3, for any choice of layers. The teacher's dtype is kept. Raises
     RecipeError for a layer that the teacher does not have, ModelError where its layers differ and cannot be moved.
@@ -53,7 +55,8 @@ def cut_layers(teacher: Any, keep: Sequence[int]) -> Any:
             state[key] = value
         elif int(match[1]) in new_number:
             state[f"{name}.{new_number[int(match[1])]}.{key[match.end() :]}"] = value
-    student = AutoModelForCausalLM.from_config(config, dtype=teacher.dtype)
+    without = {"add_pooling_layer": False} if getattr(teacher, "pooler", teacher) is None else {}
+    student = type(teacher)._from_config(config, dtype=teacher.dtype, **without)
     try:
         student.load_state_dict(state)
     except RuntimeError as error:
@@ -62,41 +65,74 @@ def cut_layers(teacher: Any, keep: Sequence[int]) -> Any:
             "say which of them these are. Keep the first ones where they are, or use student.kind=config."
         ) from error
     student.tie_weights()
-    student.generation_config = copy.deepcopy(teacher.generation_config)
+    if hasattr(teacher, "generation_config"):  # encoders have none
+        student.generation_config = copy.deepcopy(teacher.generation_config)
     return student
 
 
-def fresh_model(teacher_config: Any, sizes: Mapping[str, int | bool], seed: int, device: str = "cpu") -> Any:
+def fresh_model(
+    teacher_config: Any,
+    sizes: Mapping[str, int | bool],
+    seed: int,
+    device: str = "cpu",
+    *,
+    kind: Any = AutoModelForCausalLM,
+) -> Any:
     """A model of the teacher's architecture with other sizes and random float32 weights, none on the device "meta".
 
-    Raises ModelError where the architecture has no such size, or the sizes do not go together: that is tried first,
+    `kind` is one of transformers' auto classes, or the class of a model; a bare body (AutoModel) gets no pooler. Raises
+    ModelError where the architecture has no such kind or size, or the sizes do not go together: that is tried first,
     without weights, so that a model of any size is refused at once.
     """
     config = _resize(teacher_config, sizes)
+    made = _class_of(kind, config)
     try:
         with torch.device("meta"):
-            blank = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            blank = _make(made, config)
             _run_blank(blank)
         if device == "meta":
             return blank
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            return _make(made, config)
     except (ValueError, RuntimeError, StrictDataclassError) as error:
         raise ModelError(
             f"student.config: these sizes do not go together ({' '.join(str(error).split())}). Change one of them."
         ) from error
 
 
+def _class_of(kind: Any, config: Any) -> Any:
+    """The class of a model, where `kind` is an auto class the one that it has for the config."""
+    mapping = getattr(kind, "_model_mapping", None)
+    if mapping is None:
+        return kind
+    if type(config) not in mapping:
+        raise ModelError(
+            f"student.kind=config: {type(config).__name__} has no {kind.__name__}, which the task needs. Use "
+            "student.kind=model, or a teacher of another architecture."
+        )
+    return mapping[type(config)]
+
+
+def _make(made: Any, config: Any) -> Any:
+    bare = "add_pooling_layer" in inspect.signature(made).parameters
+    return made._from_config(config, dtype=torch.float32, **({"add_pooling_layer": False} if bare else {}))
+
+
 def _run_blank(model: Any) -> None:
     """Two tokens through a model without weights: some sizes fail only where they meet.
 
-    A mask that is given is not made: making one asks for values, of which there are none.
+    A mask that is given is not made: making one asks for values, of which there are none. Every architecture takes one
+    row of keys for all queries.
     """
-    mask_B1TT = torch.ones(1, 1, 2, 2, dtype=torch.bool)
-    ids_BT, positions_BT = torch.zeros(1, 2, dtype=torch.long), torch.arange(2).unsqueeze(0)
+    mask_B11T = torch.ones(1, 1, 1, 2, dtype=torch.bool)
+    given = {"position_ids": torch.arange(2).unsqueeze(0), "attention_mask": mask_B11T, "use_cache": False}
+    taken = inspect.signature(model.forward).parameters
     with torch.no_grad():
-        model(input_ids=ids_BT, position_ids=positions_BT, attention_mask=mask_B1TT, use_cache=False)
+        model(
+            input_ids=torch.zeros(1, 2, dtype=torch.long),
+            **{name: value for name, value in given.items() if name in taken},
+        )
 
 
 def _resize(teacher_config: Any, sizes: Mapping[str, int | bool]) -> Any:
@@ -116,14 +152,29 @@ def _resize(teacher_config: Any, sizes: Mapping[str, int | bool]) -> Any:
 
 
 def save_student(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write weights, config, generation config, tokenizer and chat template; `dtype` rounds the weights on the way."""
+    """Write weights, config, generation config, tokenizer and chat template; `dtype` rounds the weights on the way.
+
+    An encoder has no generation config; the tokenizer of one without token types, as of a DistilBERT that was a BERT,
+    gives none. Neither `model` nor `tokenizer` is changed.
+    """
     target = model if dtype is None else copy.deepcopy(model).to(dtype)
-    sampling = target.generation_config
-    if not sampling.do_sample and any(getattr(sampling, name, None) not in (None, default) for name, default in _DRAWN):
+    sampling = getattr(target, "generation_config", None)
+    drawn = [name for name, default in _DRAWN if getattr(sampling, name, None) not in (None, default)]
+    if sampling and drawn and not sampling.do_sample:
         # Some publishers name a temperature and forget do_sample; transformers loads that, and refuses to save it.
         sampling.do_sample = True
     target.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _fitted(tokenizer, model).save_pretrained(folder)
+
+
+def _fitted(tokenizer: Any, model: Any) -> Any:
+    """The tokenizer, without the token types that an encoder does not take, and older transformers refuse."""
+    names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    if model.can_generate() or "token_type_ids" in inspect.signature(model.forward).parameters:
+        return tokenizer
+    fitted = copy.deepcopy(tokenizer)
+    fitted.model_input_names = fitted.init_kwargs["model_input_names"] = names
+    return fitted
 
 
 def _fit_heads(config: Any) -> None:

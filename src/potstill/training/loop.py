@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from potstill.errors import Interrupted, NonFiniteError, RunError
 from potstill.training.checkpoint import CheckpointStore, random_state, restore_random_state
-from potstill.types import Batch, Lesson, LessonSource, StudentView
+from potstill.types import Batch, Lesson, LessonSource, StudentView, Wants
 
 __all__ = ["Callbacks", "Objective", "Plan", "Progress", "Training", "train"]
 
@@ -26,8 +26,8 @@ __all__ = ["Callbacks", "Objective", "Plan", "Progress", "Training", "train"]
 class Objective(Protocol):
     """What the loop asks of a recipe's losses; `losses.Objective` is one."""
 
-    def layers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Hidden layers to read: the student's, the teacher's."""
+    def wants(self) -> tuple[Wants, Wants]:
+        """What to read from the student, and from the teacher."""
         ...
 
     def counts(self, batches: Sequence[Batch]) -> Tensor:
@@ -188,13 +188,13 @@ def _accumulate(
     """Add up the gradients of the micro-batches; returns the step's loss and terms over all ranks."""
     accelerator = training.accelerator
     counts = accelerator.reduce(training.objective.counts(batches).to(accelerator.device), "sum")
-    layers = training.objective.layers()[0]
+    wants = training.objective.wants()[0]
     loss = torch.zeros((), device=accelerator.device)
     terms: dict[str, Tensor] = {}
     for index, batch in enumerate(batches):
         lesson = training.source.lesson(batch)  # before the student's graph is there: the teacher has the memory alone
         with accelerator.no_sync(student) if index + 1 < len(batches) else nullcontext():
-            share, parts = training.objective(student(batch, layers), lesson, counts, done)
+            share, parts = training.objective(student(batch, wants), lesson, counts, done)
             # Data parallelism averages gradients over processes; the count is already global, so undo the average.
             accelerator.backward(share * accelerator.num_processes)
         loss += share.detach()
@@ -235,7 +235,7 @@ def _validate(training: Training, student: nn.Module) -> dict[str, float]:
     for lesson in training.validation:
         device = training.accelerator.device
         held_out = Lesson(lesson.batch.to(device), lesson.signal.to(device))
-        view = student(held_out.batch, examiner.layers()[0])
+        view = student(held_out.batch, examiner.wants()[0])
         for name, value in examiner(view, held_out, counts)[1].items():
             terms[name] = terms.get(name, 0.0) + float(value)
     student.train()

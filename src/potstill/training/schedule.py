@@ -14,7 +14,7 @@ __all__ = ["learning_rate_factor"]
 def learning_rate_factor(
     step: int,
     steps: int,
-    kind: Literal["cosine", "constant", "wsd"],
+    kind: Literal["cosine", "linear", "constant", "wsd"],
     *,
     warmup: float,
     decay: float = 0.0,
@@ -24,6 +24,7 @@ def learning_rate_factor(
 
     `warmup` and `decay` are shares of the steps. Linear warm-up never gives 0 (a step with rate 0 is wasted): the first
     step has 1 / (warm-up steps + 1). For the same reason the fall reaches `final` only just after the last step.
+    Linear: Devlin et al. (2018), arXiv:1810.04805, appendix A.2, down to `final`.
     Cosine: Loshchilov and Hutter (2016), arXiv:1608.03983, eq. 5, without restarts.
     WSD (warm-up, stable, decay): Hu et al. (2024), arXiv:2404.06395, section 4, with linear decay.
     Raises ValueError for a step outside 0..steps-1.
@@ -35,7 +36,7 @@ def learning_rate_factor(
         return (step + 1) / (warm + 1)
     if kind == "constant":
         return 1.0
-    start = warm if kind == "cosine" else steps - max(1, round(decay * steps))
+    start = warm if kind in ("cosine", "linear") else steps - max(1, round(decay * steps))
     if step < start:
         return 1.0
     progress = (step - start + 1) / (steps - start + 1)

@@ -1,12 +1,15 @@
-"""Where lessons come from: packed rows in a seeded order, with a teacher who is asked as they come, or with none.
+"""Where lessons come from: rows in a seeded order, with a teacher who is asked as they come, or with none.
 
 Whether the teacher is a model or a store of what it said is not known here.
-Refuses to remember anything but a position: the order is a function of seed and epoch, so resuming is exact.
+Refuses to remember anything but a position: the order is a function of the epoch, and what is done to a row one of its
+number in the whole training, so that resuming is exact.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +22,7 @@ __all__ = ["RowSource", "Rows", "first_rows"]
 
 
 class Rows(Protocol):
-    """Packed rows by number."""
+    """Packed rows, or texts, by number."""
 
     def __len__(self) -> int: ...
 
@@ -28,13 +31,19 @@ class Rows(Protocol):
         ...
 
 
-def first_rows(rows: int, seed: int, count: int) -> Sequence[int]:
-    """Ascending numbers of the rows, of so many, that a RowSource of this seed draws among its first `count`."""
-    return range(rows) if count >= rows else sorted(_order(rows, seed, 0)[:count].tolist())
+Order = Callable[[int], Tensor]
+"""The order of all rows in an epoch, by its number: int64 [rows], every row once."""
+
+
+def first_rows(rows: int, seed: int, count: int, *, order: Order | None = None) -> Sequence[int]:
+    """Ascending numbers of the rows, of so many, that RowSource draws first, `count` of them, by this seed or order."""
+    if count >= rows:
+        return range(rows)
+    return sorted((order(0) if order else _order(rows, seed, 0))[:count].tolist())
 
 
 class RowSource:
-    """Rows in a fresh seeded order each epoch, `batch_rows` a step over all ranks, `rows_at_once` a micro-batch.
+    """Rows in a fresh order each epoch, `batch_rows` a step over all ranks, `rows_at_once` a micro-batch.
 
     With a teacher the lessons are online ones; without, their signals are empty (hard labels).
     """
@@ -48,10 +57,15 @@ class RowSource:
         rows_at_once: int,
         teacher: Reader | None = None,
         wants: Wants | None = None,
-        mark: Callable[[Batch], Batch] | None = None,
+        order: Order | None = None,
+        prepare: Callable[[Batch, int], Batch] | None = None,
         rank: tuple[int, int] = (0, 1),
     ) -> None:
-        """`rank` is (this process, number of processes); `mark` says where a teacher speaks who does not everywhere.
+        """`rank` is (this process, number of processes); without an `order`, every epoch has a random one of the seed.
+
+        `prepare` is called with every row, as a batch of its own (padded as its micro-batch is), and the number of rows
+        that all ranks drew before it: what is random in it must follow from that number, and is then the same whatever
+        the micro-batches and ranks, and after a resumption. It gives a batch of the same shape.
 
         Raises RecipeError where some process would have no row in a step.
         """
@@ -62,18 +76,17 @@ class RowSource:
             )
         self._rows, self._seed = rows, seed
         self._batch_rows, self._rows_at_once = batch_rows, rows_at_once
-        self._teacher, self._wants, self._mark = teacher, wants or Wants(), mark
+        self._teacher, self._wants, self._prepare = teacher, wants or Wants(), prepare
         self._rank, self._drawn = rank, 0
+        self._order_of = order or (lambda epoch: _order(len(rows), seed, epoch))
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
     def draw(self) -> list[Batch]:
         """The micro-batches of the next optimiser step, this rank's share of them."""
-        numbers = [self._number(i) for i in range(self._drawn, self._drawn + self._batch_rows)]
+        mine = list(range(self._drawn, self._drawn + self._batch_rows))[self._rank[0] :: self._rank[1]]
         self._drawn += self._batch_rows
-        mine = numbers[self._rank[0] :: self._rank[1]]
         starts = range(0, len(mine), self._rows_at_once)
-        batches = [self._rows.batch(mine[start : start + self._rows_at_once]) for start in starts]
-        return list(map(self._mark, batches)) if self._mark else batches
+        return [self._batch(mine[start : start + self._rows_at_once]) for start in starts]
 
     def lesson(self, batch: Batch) -> Lesson:
         """The batch with what the teacher says of it."""
@@ -94,12 +107,31 @@ class RowSource:
                 )
         self._drawn = state["drawn"]
 
+    def _batch(self, indices: Sequence[int]) -> Batch:
+        """The rows that come at these places of the whole training."""
+        batch = self._rows.batch([self._number(index) for index in indices])
+        if self._prepare is None:
+            return batch
+        return _joined([self._prepare(batch.rows(i, i + 1), index) for i, index in enumerate(indices)])
+
     def _number(self, index: int) -> int:
         """Row number of the index-th row ever drawn."""
         epoch, place = divmod(index, len(self._rows))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, _order(len(self._rows), self._seed, epoch)
+            self._epoch, self._order = epoch, self._order_of(epoch)
         return int(self._order[place])
+
+
+def _joined(rows: Sequence[Batch]) -> Batch:
+    """One batch of these, all of one length."""
+    joined: dict[str, Any] = {}
+    for field in fields(Batch):
+        parts = [getattr(row, field.name) for row in rows]
+        if isinstance(parts[0], Tensor):
+            joined[field.name] = torch.cat(parts)
+        else:
+            joined[field.name] = None if parts[0] is None else tuple(itertools.chain(*parts))
+    return Batch(**joined)
 
 
 def _order(rows: int, seed: int, epoch: int) -> Tensor:

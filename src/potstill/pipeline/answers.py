@@ -1,0 +1,229 @@
+"""The stage capture of tasks over texts: the teacher answers every text once; and its answers, read back.
+
+Answers are kept in a store under a key of the text's content and of what else an answer depends on, not of its tokens:
+teacher and student may have different tokenizers. Refuses to ask again what the store knows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import JsonValue
+
+from potstill.data import LabelledText
+from potstill.engines import EnsembleEngine
+from potstill.errors import Interrupted, StoreError
+from potstill.pipeline import build
+from potstill.pipeline.cast import Cast, cast_of
+from potstill.pipeline.lessons import Inputs
+from potstill.pipeline.memory import release_memory
+from potstill.pipeline.progress import Meter, metered
+from potstill.pipeline.recall import PLAN, cache_folder, place_for, stamp_for
+from potstill.pipeline.rundir import RunDir, Stage
+from potstill.pipeline.stopping import Stopping
+from potstill.pipeline.texts import open_texts
+from potstill.recipes import Recipe
+from potstill.recipes.schema import MixtureTeacher, StoredSignals
+from potstill.signals import Encoding, SignalSpec, Store, encoding_of, open_store, reopen_store
+from potstill.types import Batch, Logits, Role, Signal, Wants
+
+__all__ = ["AnswerReader", "capture_answers", "open_answers", "read_answers"]
+
+SPLITS = ("train", "validation")
+"""Whose texts the teacher is asked about: the test texts it answers in the evaluation, where it is also timed."""
+
+COMMITTED_TEXTS = 2048
+"""Texts whose answers are committed together."""
+
+
+class AnswerReader:
+    """What a store knows of texts, as a teacher: a `Reader` that runs no model."""
+
+    def __init__(self, store: Store, encoding: Encoding, salt: bytes, *, vectors: bool = False) -> None:
+        """`salt` as when the answers were kept; `vectors` says that an answer is a vector, not scores of classes."""
+        self._store, self._encoding, self._salt, self._vectors = store, encoding, salt, vectors
+
+    def read(self, batch: Batch, wants: Wants) -> Signal:
+        """What the teacher answered, at the positions where it speaks, in batch order.
+
+        Raises StoreError where an answer is not there or is damaged, or was given to fewer words than the batch has,
+        ValueError for what lies behind answers, which is not kept.
+        """
+        if wants.layers or wants.attentions or wants.vectors:
+            raise ValueError("hidden states and attention are not in a store of answers: ask the teacher itself.")
+        keys = [salted(key, self._salt) for key in batch.keys]
+        absent = self._store.missing(keys)
+        if absent:
+            raise StoreError(
+                f"signals.store: {self._store.place} lacks the answers to {len(absent)} of {len(keys)} texts of a "
+                "batch. Run the same command again: what is missing is captured first."
+            )
+        found = self._store.read(keys)
+        counts = batch.spoken_BT.sum(1).tolist()
+        rows, start = [], 0
+        for number, (count, there) in enumerate(zip(counts, found.counts, strict=True)):
+            if there < count:
+                raise StoreError(
+                    f"signals.store: the teacher answered {there} of the {count} words of {batch.examples[number][0]}: "
+                    "its tokenizer cuts the text earlier. Raise data.sequence_length."
+                )
+            rows.append(np.arange(start, start + count))
+            start += int(there)
+        said = self._encoding.unpack(found.records_NS[np.concatenate(rows)])
+        if not isinstance(said, Logits):
+            raise ValueError("answers are kept as numbers, one record each")
+        here = said.to(batch.ids_BT.device)
+        return Signal(pooled_BD=here.logits_NV) if self._vectors else Signal(here if wants.final else None)
+
+
+def salted(key: bytes, salt: bytes) -> bytes:
+    """The key of an answer, 16 bytes: of a text's content and of what else decides the answer."""
+    return hashlib.blake2b(salt + key, digest_size=16).digest()
+
+
+def read_answers(
+    teacher: Any, cast: Cast, texts: Sequence[LabelledText], *, batch_tokens: int = 4096
+) -> Iterator[tuple[list[int], list[NDArray[np.float32]]]]:
+    """(numbers of some texts, their answers float32 [answers of the text, C]), the longest texts first.
+
+    An answer is a row of scores of classes, or a vector. Texts too long for a model are cut, whatever the recipe says
+    of the student's. Members of an ensemble read with their own tokenizers.
+    """
+    members = teacher.members if isinstance(teacher, EnsembleEngine) else (teacher,)
+    uncut = replace(cast, overlong="truncate")
+    tables = [uncut.tokenise(texts, member.tokenizer) for member in members]
+    wants = Wants(pooled=True) if cast.role is Role.ENCODER else Wants(final=True)
+    for numbers in _numbered(tables[0].lengths, batch_tokens):
+        batches = [table.batch(numbers) for table in tables]
+        said = teacher.read_many(batches, wants) if len(members) > 1 else teacher.read(batches[0], wants)
+        rows = said.pooled_BD if cast.role is Role.ENCODER else said.logits.logits_NV
+        counts = batches[0].spoken_BT.sum(1).tolist()
+        yield numbers, [part.numpy() for part in rows.float().cpu().split(counts)]
+
+
+def capture_answers(recipe: Recipe, stage: Stage, inputs: Inputs, stopping: Stopping) -> None:
+    """Complete the store of what the teacher answers to the training and validation texts.
+
+    Raises Interrupted, after all answers so far are stored, when somebody asks to stop.
+    """
+    book = _open(recipe, inputs)
+    texts = _asked(inputs.prepared, book.salt)
+    missing = book.store.missing(list(texts))
+    began, tokens = time.monotonic(), 0
+    if missing:
+        teacher = build.build_teacher(recipe, inputs.prepared)
+        with metered("capture", len(missing), "texts") as meter, stopping.held():
+            tokens = _take_down(book, teacher, [(key, texts[key]) for key in missing], meter=meter, stopping=stopping)
+        del teacher
+        release_memory()
+    left = len(book.store.missing(list(texts)))
+    if left and stopping.asked():
+        raise Interrupted(f"stopped after {len(missing) - left} of {len(missing)} texts; the same command continues.")
+    _keep_plan(stage.folder / PLAN, list(texts), set(missing))
+    stage.finish(PLAN, **_facts(book, len(texts), len(missing), tokens=tokens, seconds=time.monotonic() - began))
+
+
+def open_answers(recipe: Recipe, captured: Path) -> AnswerReader:
+    """The store that a finished capture filled, as a teacher. Raises StoreError where it is gone or of another one."""
+    facts: Any = RunDir(captured.parent).manifest(captured.name).facts
+    store, spec = reopen_store(facts["store"], cache=cache_folder()), SignalSpec.from_json(facts["spec"])
+    vectors = Role(recipe.task.kind) is Role.ENCODER
+    return AnswerReader(store, encoding_of(spec), bytes.fromhex(facts["salt"]), vectors=vectors)
+
+
+@dataclass(frozen=True, slots=True)
+class _Book:
+    """Where answers are written, in which form, and what goes into their keys."""
+
+    store: Store
+    encoding: Encoding
+    cast: Cast
+    salt: bytes
+    batch_tokens: int
+
+
+def _open(recipe: Recipe, inputs: Inputs) -> _Book:
+    signals, cast = recipe.signals, cast_of(recipe, inputs.prepared)
+    if not isinstance(signals, StoredSignals):
+        raise ValueError("signals.kind=online keeps nothing: there is no store")
+    spec = SignalSpec("dense", inputs.vocabulary)
+    stamp = stamp_for(recipe, spec)
+    weights = [member.weight for member in recipe.teacher.members] if isinstance(recipe.teacher, MixtureTeacher) else []
+    said = repr((cast.role, cast.labels, cast.multi_label, cast.pooling, cast.normalise, cast.length, weights))
+    store = open_store(place_for(recipe, stamp), stamp, 4 * inputs.vocabulary, cache=cache_folder())
+    salt = hashlib.blake2b(said.encode(), digest_size=16).digest()
+    return _Book(store, encoding_of(spec), cast, salt, signals.batch_tokens)
+
+
+def _asked(prepared: Path, salt: bytes) -> dict[bytes, LabelledText]:
+    """The texts that training and validation will ask about, each once, by the key of its answer."""
+    texts = [text for split in SPLITS for text in open_texts(prepared, split)]
+    return {salted(text.key, salt): text for text in texts if text.origin is None}
+
+
+def _take_down(
+    book: _Book, teacher: Any, texts: Sequence[tuple[bytes, LabelledText]], *, meter: Meter, stopping: Stopping
+) -> int:
+    """Ask the teacher about these texts and keep what it answers; returns the tokens that it read."""
+    tokens = 0
+    with book.store.writer() as writer:
+        for start in range(0, len(texts), COMMITTED_TEXTS):
+            window = texts[start : start + COMMITTED_TEXTS]
+            told = read_answers(teacher, book.cast, [text for _, text in window], batch_tokens=book.batch_tokens)
+            for numbers, answers in told:
+                for number, answer_NC in zip(numbers, answers, strict=True):
+                    selected = book.encoding.select(torch.from_numpy(answer_NC), torch.zeros(len(answer_NC), 0))
+                    writer.append(window[number][0], book.encoding.pack(selected))
+                meter.advance(len(numbers))
+                tokens += len(numbers)
+            writer.commit()
+            if stopping.asked():
+                break
+    book.store.refresh()
+    return tokens
+
+
+def _keep_plan(path: Path, keys: Sequence[bytes], missing: set[bytes]) -> None:
+    """What the capture was about, so that a store that lost some of it is noticed."""
+    with path.open("wb") as file:
+        keys_P16 = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16)
+        np.savez(file, keys=keys_P16, planned=np.array([key in missing for key in keys], np.bool_))
+
+
+def _facts(book: _Book, pieces: int, captured: int, *, tokens: int, seconds: float) -> dict[str, JsonValue]:
+    """What the report tells of the store, and what it takes to open it again."""
+    return {
+        "store": book.store.place,
+        "pieces": pieces,
+        "captured": captured,
+        "positions": pieces,
+        "stored_positions": book.store.num_records,
+        "stored_bytes": book.store.num_bytes,
+        "read_tokens": tokens,
+        "capture_seconds": round(seconds, 3),
+        "quarantined": asdict(book.store.quarantined),
+        "stride": book.encoding.stride,
+        "spec": book.encoding.spec.to_json(),
+        "fidelity": None,
+        "salt": book.salt.hex(),
+    }
+
+
+def _numbered(lengths: NDArray[np.int64], batch_tokens: int) -> Iterator[list[int]]:
+    """Numbers of texts of nearly equal length together, the longest first."""
+    batch: list[int] = []
+    for number in np.argsort(-lengths, kind="stable").tolist():
+        if batch and int(lengths[batch[0]]) * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch

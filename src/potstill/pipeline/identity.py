@@ -1,0 +1,100 @@
+"""Which work is which: the fingerprints by which a stage knows that what lies there is its own.
+
+Importing this module is cheap. Refuses to open a model or a data file: they count by name, size and time of change.
+"""
+
+from __future__ import annotations
+
+from potstill.pipeline.chain import load_chain, phases_of
+from potstill.pipeline.places import identify
+from potstill.recipes import Recipe, fingerprint
+from potstill.recipes.losses import SoftTerm
+from potstill.recipes.schema import (
+    FinetuneTeacher,
+    LanguageModel,
+    MixtureTeacher,
+    PretrainedStudent,
+    RecordedTeacher,
+    RunTeacher,
+    StoredSignals,
+)
+
+__all__ = ["stage_fingerprints"]
+
+ROWS = "rows that know their sources"
+"""Which rows prepare writes: another text here makes those of earlier versions stale."""
+
+FREE_TRAINING_KEYS = {"checkpoint", "trackers"}
+"""Settings of the training that change how it is watched and kept, not what comes out of it."""
+
+LENGTH_KEYS = {"tokens", "steps", "epochs", "batch_rows", "micro_batch_rows", "validation_rows"}
+"""Settings of the training that decide what a store must hold for it."""
+
+FREE_SIGNAL_KEYS = {"store", "batch_tokens"}
+"""Settings of the signals that change where they are and how fast they come, not what a student learns of them."""
+
+
+def stage_fingerprints(recipe: Recipe) -> dict[str, str]:
+    """What decides each stage's result: its part of the recipe, its inputs, and the stages before it."""
+    tokenizer, teacher = _identify_teacher(recipe)
+    training = recipe.training.model_dump(exclude=FREE_TRAINING_KEYS)
+    found = {"prepare": fingerprint(["prepare", ROWS, *_identify_data(recipe, tokenizer)])}
+    if isinstance(recipe.teacher, FinetuneTeacher):
+        settings = recipe.teacher.model_dump(exclude={"dtype": True, "device": True, "training": FREE_TRAINING_KEYS})
+        found["finetune"] = fingerprint(["finetune", found["prepare"], recipe.task, settings, teacher])
+        teacher = [teacher, found["finetune"]]
+    task = [] if isinstance(recipe.task, LanguageModel) else [recipe.task]
+    found["initialise"] = fingerprint(["initialise", found["prepare"], _identify_student(recipe), teacher, *task])
+    said: list[object] = []
+    if isinstance(recipe.signals, StoredSignals):
+        length = recipe.training.model_dump(include=LENGTH_KEYS)
+        temperatures = [term.temperature for term in recipe.losses if isinstance(term, SoftTerm)]
+        said = [recipe.signals.model_dump(exclude=FREE_SIGNAL_KEYS)]
+        found["capture"] = fingerprint(["capture", found["initialise"], length, temperatures, *said])
+    found["train"] = fingerprint(["train", found["initialise"], training, recipe.losses, *said])
+    if recipe.has_control:
+        found["control"] = fingerprint(["control", found["initialise"], training])
+    if recipe.static:
+        own = recipe.static.model_dump(exclude={"training": FREE_TRAINING_KEYS})
+        found["static"] = fingerprint(["static", found["initialise"], own, recipe.losses, *said])
+    arms = [found["train"], found.get("control"), *([found["static"]] if recipe.static else [])]
+    found["evaluate"] = fingerprint(["evaluate", *arms, recipe.evaluation])
+    words = [recipe.name, recipe.description, recipe.report]
+    found["report"] = fingerprint(["report", found["evaluate"], words])
+    return found
+
+
+def _identify_data(recipe: Recipe, tokenizer: object) -> list[object]:
+    """What decides the rows: tokens of packed ones; of texts, what the task makes of their labels."""
+    if not recipe.over_texts:
+        task = [] if isinstance(recipe.task, LanguageModel) else [recipe.task.kind]
+        return [[recipe.data, identify(recipe.data.source), tokenizer, recipe.seed], *task]
+    more = recipe.data.unlabelled and identify(recipe.data.unlabelled)
+    return [[recipe.data, identify(recipe.data.source), more, recipe.seed], recipe.task]
+
+
+def _identify_student(recipe: Recipe) -> list[object]:
+    """What decides the student that begins."""
+    for phase in phases_of(recipe)[-1:]:
+        return ["phase", stage_fingerprints(phase)["train"]]
+    own = recipe.student.model if isinstance(recipe.student, PretrainedStudent) else None
+    return [recipe.student, own and identify(own)]
+
+
+def _identify_teacher(recipe: Recipe) -> tuple[object, object]:
+    """What decides the teacher's tokenizer, and what decides the teacher."""
+    teacher = recipe.teacher
+    if isinstance(teacher, RunTeacher):
+        # Not the folder's files: the report adds the model card to them, and another assistant of the same sizes
+        # could hardly be told by them.
+        student = stage_fingerprints(load_chain(recipe)[0])["train"]
+        return student, [teacher.kind, teacher.dtype, student]
+    if isinstance(teacher, MixtureTeacher):
+        # As lists, since the order of patterns counts and that of a mapping's keys does not.
+        members = [[one.weight, list(one.sources.items()), one.model, identify(one.model)] for one in teacher.members]
+        return identify(teacher.members[0].model), [teacher.kind, teacher.dtype, members]
+    if isinstance(teacher, RecordedTeacher):
+        return None, [teacher, identify(teacher.path)]
+    if isinstance(teacher, FinetuneTeacher):
+        return identify(teacher.model), [teacher.kind, teacher.dtype, identify(teacher.model)]
+    return identify(teacher.model), [teacher.model_dump(exclude={"device"}), identify(teacher.model)]

@@ -1,0 +1,168 @@
+"""Whether the parts of a recipe suit its task, as far as the recipe alone says.
+
+Refuses what no data could make right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from potstill.errors import RecipeError
+from potstill.pipeline.chain import load_chain
+from potstill.recipes import Recipe
+from potstill.recipes.losses import CrossEntropy, VocabularyTerm
+from potstill.recipes.schema import (
+    Classification,
+    FinetuneTeacher,
+    LanguageModel,
+    LayersStudent,
+    MaskedLM,
+    MixtureTeacher,
+    OnlineSignals,
+    PretrainedStudent,
+    RecordedTeacher,
+)
+from potstill.recipes.signals import DenseSignals
+
+__all__ = ["check_task"]
+
+
+def check_task(recipe: Recipe) -> None:
+    """Raises RecipeError, naming the key, for the first part that does not suit `task`."""
+    for problem in _problems(recipe):
+        raise RecipeError(problem)
+
+
+def _problems(recipe: Recipe) -> Iterator[str]:
+    yield from _assistant_problems(recipe)
+    yield from _teacher_problems(recipe)
+    yield from _student_problems(recipe)
+    yield from _signal_problems(recipe)
+    if recipe.over_texts:
+        yield from _text_problems(recipe)
+    else:
+        yield from _token_problems(recipe)
+
+
+def _assistant_problems(recipe: Recipe) -> Iterator[str]:
+    for assistant in load_chain(recipe)[:1]:
+        if assistant.task.kind != recipe.task.kind:
+            yield (
+                f"teacher.recipe: {assistant.name} has task.kind={assistant.task.kind}, this recipe "
+                f"{recipe.task.kind}. Give both the same task."
+            )
+
+
+def _teacher_problems(recipe: Recipe) -> Iterator[str]:
+    task, teacher = recipe.task, recipe.teacher
+    if isinstance(teacher, RecordedTeacher) and not isinstance(task, Classification):
+        yield (
+            f"teacher.kind: recorded answers are classes of texts, but task.kind={task.kind}. Use "
+            "task.kind=classification, or another teacher."
+        )
+    if isinstance(teacher, MixtureTeacher) and not isinstance(task, LanguageModel | Classification):
+        yield f"teacher.kind: mixture averages probabilities, which task.kind={task.kind} does not do. Use one model."
+    if isinstance(teacher, MixtureTeacher) and recipe.over_texts and any(one.sources for one in teacher.members):
+        yield "teacher.members[].sources: weights by source are for language models. Use weight alone."
+    if isinstance(teacher, FinetuneTeacher) and recipe.task.kind == "embedding":
+        yield "teacher.kind: finetune needs labels, which task.kind=embedding has none of. Use teacher.kind=local."
+    if isinstance(teacher, FinetuneTeacher) and teacher.learns == "head" and isinstance(task, LanguageModel):
+        yield (
+            "teacher.learns: head trains a head that the model lacks, but a language model has its own. Use "
+            "teacher.learns=all."
+        )
+
+
+def _student_problems(recipe: Recipe) -> Iterator[str]:
+    student, task = recipe.student, recipe.task
+    if recipe.static and not isinstance(task, Classification):
+        yield f"static: is a classifier, but task.kind={task.kind}. Remove it."
+    if recipe.static and isinstance(recipe.teacher, RecordedTeacher):
+        yield (
+            "static: embeddings are distilled from the teacher's encoder, but teacher.kind=recorded has none here. "
+            "Remove static, or use another teacher."
+        )
+    if recipe.phases:
+        return  # the first of them makes the student, and is looked at by itself
+    if isinstance(recipe.teacher, RecordedTeacher) and not isinstance(student, PretrainedStudent):
+        yield (
+            f"student.kind: {student.kind} is made from the teacher's model, but teacher.kind=recorded has none here. "
+            "Use student.kind=model."
+        )
+    if isinstance(student, LayersStudent) and student.keep == "greedy" and not isinstance(task, LanguageModel):
+        yield (
+            f"student.keep: greedy judges layers by the next token, but task.kind={task.kind}. Use `even`, or list "
+            "the layers."
+        )
+    if isinstance(student, LayersStudent) and student.architecture == "distilbert" and isinstance(task, LanguageModel):
+        yield "student.architecture: distilbert is an encoder, but task.kind=language_model. Leave it out."
+
+    if recipe.static and recipe.data.text_pair:
+        yield "static: reads one text, but data.text_pair names a second one. Remove static."
+
+
+def _signal_problems(recipe: Recipe) -> Iterator[str]:
+    signals, task = recipe.signals, recipe.task
+    if isinstance(task, MaskedLM) and not isinstance(signals, OnlineSignals):
+        yield (
+            f"signals.kind: {signals.kind} keeps what was said of fixed tokens, but masks are drawn anew in every "
+            "epoch. Use signals.kind=online."
+        )
+    if not recipe.over_texts:
+        return
+    if not isinstance(signals, OnlineSignals | DenseSignals):
+        yield (
+            f"signals.kind: {signals.kind} is for tokens of a vocabulary; an answer to a text is kept whole. Use "
+            "signals.kind=dense, or online."
+        )
+    if isinstance(recipe.teacher, RecordedTeacher) and not isinstance(signals, OnlineSignals):
+        yield "signals.kind: recorded answers are in a file already. Leave signals out."
+    if isinstance(signals, DenseSignals) and not signals.everywhere:
+        yield "signals.positions: an answer to a text is kept whole. Leave positions out."
+    if recipe.static and isinstance(signals, OnlineSignals):
+        yield (
+            "signals.kind: online reads the student's tokens, and static has others. Use signals.kind=dense, which "
+            "keeps the teacher's answers by text."
+        )
+    if recipe.static and not any(isinstance(term, VocabularyTerm) for term in recipe.losses):
+        yield "static: learns from answers alone, and no loss compares them. Add forward_kl, or remove static."
+
+
+def _text_problems(recipe: Recipe) -> Iterator[str]:
+    trained = {"training": recipe.training}
+    if isinstance(recipe.teacher, FinetuneTeacher):
+        trained["teacher.training"] = recipe.teacher.training
+    if recipe.static:
+        trained["static.training"] = recipe.static.training
+    for key, training in trained.items():
+        if training.tokens is not None:
+            yield f"{key}.tokens: counts packed positions, which task.kind={recipe.task.kind} has none of. Use epochs."
+        if training.compile is True:
+            yield f"{key}.compile: texts have any length, and each would be compiled anew. Leave compile out."
+    yield from _data_problems(recipe)
+    learned = [term for term in recipe.losses if not isinstance(term, CrossEntropy)]
+    if recipe.data.unlabelled and not learned:
+        yield (
+            "data.unlabelled: without labels only a teacher can be learned from, but no loss compares with one. Add "
+            "forward_kl, or remove unlabelled."
+        )
+
+
+def _data_problems(recipe: Recipe) -> Iterator[str]:
+    task, data = recipe.task, recipe.data
+    if data.max_tokens is not None:
+        yield f"data.max_tokens: counts packed tokens, which task.kind={task.kind} has none of. Use data.max_documents."
+    if not isinstance(task, Classification):
+        for key in ("labels_per_class", "noise"):
+            if getattr(data, key) is not None:
+                yield f"data.{key}: is for classification, but task.kind={task.kind}. Remove it."
+    elif task.multi_label and data.labels_per_class is not None:
+        yield "data.labels_per_class: counts texts of one label, but task.multi_label is true. Remove it."
+
+
+def _token_problems(recipe: Recipe) -> Iterator[str]:
+    for key in ("text_pair", "slice", "unlabelled", "labels_per_class", "noise"):
+        if getattr(recipe.data, key) is not None:
+            yield f"data.{key}: is for tasks over texts, but task.kind={recipe.task.kind}. Remove it."
+    if recipe.evaluation.price:
+        yield f"evaluation.price: is for tasks over texts, but task.kind={recipe.task.kind}. Remove it."

@@ -1,0 +1,162 @@
+"""The stage finetune: the teacher is trained on the labels first, in a stage of its own, and kept for other runs.
+
+Refuses to train again what a run beside this one has trained of the same model, data and settings.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from potstill.engines import load_tokenizer
+from potstill.errors import DataError
+from potstill.pipeline import build
+from potstill.pipeline.cast import Cast, cast_of
+from potstill.pipeline.course import Course, begin, take
+from potstill.pipeline.disk import read_json, sync_tree, write_json_atomic
+from potstill.pipeline.objective import Answers, build_objective
+from potstill.pipeline.places import resolve_model
+from potstill.pipeline.rows import TaskRows, held_out_batches, open_rows
+from potstill.pipeline.rundir import Stage
+from potstill.pipeline.stopping import Stopping
+from potstill.recipes import Recipe
+from potstill.recipes.losses import CrossEntropy
+from potstill.recipes.schema import FinetuneTeacher
+from potstill.students import save_student
+from potstill.training import RowSource
+from potstill.types import Lesson
+
+__all__ = ["TEACHER", "finetune"]
+
+TEACHER = "teacher"
+"""Folder name of the trained model within the stage, and of the folder of such models beside the runs."""
+
+FACTS = "facts.json"
+
+
+def finetune(recipe: Recipe, stage: Stage, prepared: Path, *, fingerprint: str, stopping: Stopping) -> None:
+    """Train `teacher.model` on hard labels; or take it from beside the runs, where it was trained before.
+
+    Raises Interrupted, after saving, when somebody asks to stop while it trains.
+    """
+    kept = recipe.folder.absolute().parent / f"{TEACHER}s" / fingerprint
+    if (kept / FACTS).is_file():
+        _link(kept, stage.folder)
+        facts: Any = read_json(kept / FACTS)
+        stage.finish(TEACHER, "metrics.jsonl", **{**facts, "found": str(kept)})
+        return
+    _train(recipe, stage, prepared, kept, stopping=stopping)
+
+
+def _train(recipe: Recipe, stage: Stage, prepared: Path, kept: Path, *, stopping: Stopping) -> None:
+    spec = recipe.teacher
+    if not isinstance(spec, FinetuneTeacher):
+        raise ValueError(f"teacher.kind={spec.kind} is not trained first")
+    settings, cast = spec.training, cast_of(recipe, prepared)
+    accelerator = begin(settings, recipe.seed)
+    place = resolve_model(spec.model, "teacher.model")
+    tokenizer = load_tokenizer(place, "teacher.model")
+    model = cast.load(place, "fp32", accelerator.device, "teacher.model", fresh_head=True)
+    if spec.learns == "head":
+        _freeze_body(model)
+    rows = open_rows(recipe, cast, prepared, tokenizer=tokenizer, batch_rows=settings.batch_rows)
+    rows = labelled_rows(rows, cast, settings.batch_rows, "teacher.kind=finetune")
+    steps = build.steps_of(settings, recipe.data.sequence_length, len(rows))
+    objective = _objective(recipe, cast, model)
+    held_out = held_out_batches(
+        recipe,
+        cast,
+        prepared,
+        tokenizer=tokenizer,
+        most=settings.validation_rows,
+        at_once=min(settings.rows_at_once, settings.validation_rows),
+        split="validation",
+    )
+    course = Course(
+        build.build_trainable(recipe, model, settings),
+        objective.to(accelerator.device),
+        RowSource(
+            rows.rows,
+            seed=recipe.seed,
+            batch_rows=settings.batch_rows,
+            rows_at_once=settings.rows_at_once,
+            order=rows.order,
+            prepare=rows.prepare,
+        ),
+        accelerator,
+        steps,
+        [Lesson(batch) for batch in held_out],
+        objective,
+        settings.batch_rows * (1 if recipe.over_texts else recipe.data.sequence_length),
+        "texts" if recipe.over_texts else "tokens",
+    )
+
+    def save() -> Sequence[str]:
+        save_student(model, tokenizer, stage.folder / TEACHER)
+        return [TEACHER]
+
+    facts = {"model": spec.model, "learns": spec.learns, "rows": len(rows), **rows.facts}
+    take(
+        course,
+        settings,
+        stage,
+        label="finetune the teacher",
+        tracked=f"{recipe.name}-teacher",
+        stopping=stopping,
+        save=save,
+        facts=facts,
+    )
+    _keep(stage.folder, kept, {**facts, "steps": steps})
+
+
+def labelled_rows(rows: TaskRows, cast: Cast, batch_rows: int, key: str) -> TaskRows:
+    """The rows that hard labels can teach: of texts those that are labelled, else all. Raises DataError for none."""
+    found = rows.labelled(batch_rows, cast.seed)
+    if not len(found):
+        raise DataError(
+            f"{key}: no training text has a label, so that there is nothing to learn without a teacher. Check "
+            "data.label, or give labelled texts."
+        )
+    return found
+
+
+def _objective(recipe: Recipe, cast: Cast, model: Any) -> Any:
+    vocabulary = len(cast.labels) or model.get_output_embeddings().weight.shape[0]
+    return build_objective([CrossEntropy(kind="cross_entropy")], Answers.of(recipe, vocabulary), model.config, None)
+
+
+def _freeze_body(model: Any) -> None:
+    """Leave learning to the head: whatever does not belong to the body that the model has in common with others."""
+    body = {id(parameter) for parameter in model.base_model.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) not in body)
+
+
+def _keep(folder: Path, kept: Path, facts: dict[str, Any]) -> None:
+    """A copy beside the runs, whole or absent; files are linked where the disk can, so that it takes no room."""
+    part = kept.with_name(f".{kept.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    _link(folder, part)
+    write_json_atomic(part / FACTS, facts)
+    sync_tree(part)
+    if kept.exists():  # another run was first
+        shutil.rmtree(part)
+    else:
+        part.rename(kept)
+
+
+def _link(source: Path, target: Path) -> None:
+    """The model and its log, as links to the same bytes, or as copies on another disk."""
+    for path in [*(source / TEACHER).rglob("*"), source / "metrics.jsonl"]:
+        if path.is_file():
+            place = target / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.unlink(missing_ok=True)
+            try:
+                os.link(path, place)
+            except OSError:
+                shutil.copyfile(path, place)
