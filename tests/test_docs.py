@@ -10,7 +10,11 @@ import pytest
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from potstill.recipes import load_recipe, losses, schema, shipped_recipes, signals, teachers
+from potstill.pipeline.chain import phases_of
+from potstill.pipeline.objective import check_losses
+from potstill.pipeline.suitability import check_task
+from potstill.recipes import load_recipe, losses, schema, shipped_recipes, signals, students, tasks, teachers, training
+from potstill.recipes.schema import RunTeacher
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -25,26 +29,27 @@ def kind_of(model: type[BaseModel]) -> str:
 
 SECTIONS = {
     "Recipe": schema.Recipe,
+    **{f"Task: {kind_of(model)}": model for model in get_args(get_args(tasks.Task)[0])},
     "Data": schema.Data,
+    "Noise": schema.Noise,
     "Splits": schema.Splits,
     **{f"Teacher: {kind_of(model)}": model for model in get_args(get_args(teachers.Teacher)[0])},
     "Member": teachers.Member,
-    "Student: layers": schema.LayersStudent,
+    **{f"Student: {kind_of(model)}": model for model in get_args(get_args(students.Student)[0])},
     "Search": schema.Search,
-    "Student: model": schema.PretrainedStudent,
-    "Student: config": schema.FreshStudent,
     "Sizes": schema.CausalConfig,
+    "Static": schema.StaticStudent,
     **{f"Loss: {kind_of(model)}": model for model in get_args(get_args(losses.LossTerm)[0])},
     **{f"Ramp: {kind_of(model)}": model for model in get_args(get_args(losses.Ramp)[0])},
     **{f"Signals: {kind_of(model)}": model for model in get_args(get_args(signals.Signals)[0])},
     **{f"Positions: {kind_of(model)}": model for model in get_args(get_args(signals.Positions)[0])},
     "Training": schema.Training,
-    "Schedule: cosine": schema.CosineSchedule,
-    "Schedule: constant": schema.ConstantSchedule,
-    "Schedule: wsd": schema.WSDSchedule,
-    "Checkpoints": schema.Checkpoints,
+    **{f"Schedule: {kind_of(model)}": model for model in get_args(get_args(training.Schedule)[0])},
+    "Checkpoints": training.Checkpoints,
+    "Phase": schema.Phase,
     "Control": schema.Control,
     "Evaluation": schema.Evaluation,
+    "Price": schema.Price,
     "Report": schema.Report,
 }
 
@@ -78,7 +83,7 @@ def source_files() -> list[str]:
 def test_every_model_of_the_schema_has_a_section():
     models = {
         model
-        for module in (schema, losses, signals, teachers)
+        for module in (schema, losses, signals, students, tasks, teachers, training)
         for model in vars(module).values()
         if isinstance(model, type) and issubclass(model, BaseModel) and model.__module__ == module.__name__
     }
@@ -102,12 +107,33 @@ def test_every_key_stands_in_its_section_with_its_default(heading):
             assert (tuple(said) if isinstance(field.default, tuple) else said) == field.default, key
 
 
-def test_the_recipe_in_the_readme_loads(tmp_path):
-    blocks = [block for block in yaml_blocks(ROOT / "README.md") if block.startswith("name:")]
-    assert blocks
-    for block in blocks:
-        (tmp_path / "recipe.yaml").write_text(block, encoding="utf-8")
-        load_recipe(tmp_path / "recipe.yaml")
+def whole_recipes() -> list[tuple[str, str]]:
+    """(document, recipe) of every YAML block that is a recipe from its name on."""
+    return [(path.name, block) for path in DOCUMENTS for block in yaml_blocks(path) if block.startswith("name:")]
+
+
+@pytest.mark.parametrize(("document", "block"), whole_recipes())
+def test_a_recipe_in_the_documents_loads_and_suits_its_task(tmp_path, monkeypatch, document, block):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(block, encoding="utf-8")
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    for one in (recipe, *phases_of(recipe)):
+        if not isinstance(one.teacher, RunTeacher):  # the assistant's file is not there
+            check_task(one)
+        check_losses(one)
+
+
+def test_the_documents_show_a_recipe_for_every_task_and_teacher(tmp_path):
+    """A kind that nobody shows is one that everybody gets wrong."""
+    shown = {(name, kind) for _, block in whole_recipes() for name, kind in _kinds(tmp_path, block)}
+    assert shown >= {("task", kind_of(model)) for model in get_args(get_args(tasks.Task)[0])}
+    assert shown >= {("teacher", kind_of(model)) for model in get_args(get_args(teachers.Teacher)[0])}
+
+
+def _kinds(folder: Path, block: str) -> set[tuple[str, str]]:
+    (folder / "recipe.yaml").write_text(block, encoding="utf-8")
+    recipe = load_recipe(folder / "recipe.yaml")
+    return {(name, getattr(one, name).kind) for one in (recipe, *phases_of(recipe)) for name in ("task", "teacher")}
 
 
 def test_the_losses_in_the_documents_fit_into_a_recipe(tmp_path):

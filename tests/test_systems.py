@@ -6,17 +6,19 @@ Models of the hub are stood in for by their configs (no weights) with a tiny tok
 from __future__ import annotations
 
 import copy
+import json
 import re
 import shutil
 from itertools import chain
 from pathlib import Path
 
 import pytest
-from transformers import Gemma2Config, GPT2Config, LlamaConfig
+from transformers import BertConfig, BertTokenizer, DistilBertConfig, Gemma2Config, GPT2Config, LlamaConfig
 
 from potstill.pipeline import disk
 from potstill.pipeline.build import blank_model, count_steps
-from potstill.pipeline.inspection import count_parameters
+from potstill.pipeline.chain import phases_of
+from potstill.pipeline.inspection import count_parameters, inspect_recipe
 from potstill.pipeline.plan import print_plan
 from potstill.recipes import load_recipe, shipped_recipe, shipped_recipes
 
@@ -58,6 +60,9 @@ TEACHERS = {
     "gemma": GEMMA,
     **dict.fromkeys(("distilgpt2-sample", "tinyllama-sample", "gemma-sample"), SMOLLM2),
 }
+MINILM = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+ENCODERS = {"distilbert": BertConfig(), **dict.fromkeys(("intent", "intent-sample", "distilbert-sample"), MINILM)}
+PUBLISHED_LAYERS = [0, 2, 4, 7, 9, 11]
 
 
 @pytest.fixture
@@ -73,6 +78,101 @@ def stood_in(tmp_path, tiny_tokenizer, tiny_corpus):
         return load_recipe(shipped_recipe(name), [*given, splits, *overrides])
 
     return load
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    """A shipped recipe of an encoder, with stand-ins for all that would be fetched."""
+
+    def load(name: str, *overrides: str):
+        model = tmp_path / "teacher"
+        copy.deepcopy(ENCODERS[name]).save_pretrained(model)
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(50))]
+        BertTokenizer(vocab={word: number for number, word in enumerate(words)}).save_pretrained(model)
+        recipe = load_recipe(shipped_recipe(name), overrides)
+        places = [f"run_dir={tmp_path / 'run'}", f"teacher.model={model}", "data.config=null"]
+        places.append(f"data.source={write_texts(tmp_path / 'texts.jsonl', recipe)}")
+        if recipe.phases:
+            corpus = {"source": str(tmp_path / "texts.jsonl"), "sequence_length": 64, "text": recipe.data.text}
+            corpus["splits"] = {"validation": 0.1, "test": 0.1}
+            places += [f"phases[0].teacher.model={model}", f"phases[0].data={json.dumps(corpus)}"]
+        return load_recipe(shipped_recipe(name), [*places, *overrides])
+
+    return load
+
+
+def write_texts(file: Path, recipe) -> Path:
+    """300 texts in the columns that the recipe names, of two classes; some of the held-out ones out of scope."""
+    rows = []
+    for number in range(300):
+        split, outside = ("train", "validation", "test")[number % 3], number % 10 == 9
+        label = recipe.task.out_of_scope if outside and recipe.task.out_of_scope else f"class {number % 2}"
+        words = " ".join(f"w{place}" for place in (number % 50, number // 50, *range(10)))
+        rows.append({recipe.data.text: words, recipe.data.label: label, "split": split})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_check_finds_nothing_against_an_encoders_recipe(encoder, name, capsys, monkeypatch):
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**16, 0, 10**16))
+    recipe = encoder(name)
+    print_plan(recipe, measure=False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 classes" in said
+    assert "steps" in said
+    assert not (recipe.folder / "prepare").exists()
+
+
+def test_distilbert_is_half_of_bert_with_its_own_architecture(encoder):
+    recipe = encoder("distilbert")
+    general = phases_of(recipe)[0]
+    assert general.student.keep == PUBLISHED_LAYERS
+    found = inspect_recipe(general)
+    assert isinstance(found.student.config, DistilBertConfig)
+    assert found.student.config.n_layers == 6
+    assert not any("token_type" in name or "pooler" in name for name, _ in found.student.named_parameters())
+    assert round(found.teacher_parameters / 1e6) == 110
+    assert round(found.student_parameters / 1e6) == 67
+
+
+def test_distilbert_masks_steps_and_anneals_as_published():
+    general = phases_of(load_recipe(shipped_recipe("distilbert")))[0]
+    task, training = general.task, general.training
+    assert (task.masked, task.by_mask, task.by_random) == (0.15, 0.8, 0.1)
+    assert (training.batch_rows, training.epochs, general.data.sequence_length) == (4000, 3.0, 512)
+    assert (training.learning_rate, training.eps, training.clip_norm) == (5e-4, 1e-6, 5.0)
+    assert training.schedule.warmup == 0.05
+
+
+@pytest.mark.parametrize("name", ["distilbert", "distilbert-sample"])
+def test_distilbert_has_the_triple_loss_then_a_second_distillation(name):
+    recipe = load_recipe(shipped_recipe(name))
+    general = phases_of(recipe)[0]
+    terms = {term.kind: term for term in general.losses}
+    assert {kind: term.weight for kind, term in terms.items()} == {
+        "forward_kl": 5.0,
+        "cross_entropy": 2.0,
+        "hidden_cosine": 1.0,
+    }
+    soft = terms["forward_kl"]
+    assert (soft.temperature, soft.times_temperature_squared, terms["hidden_cosine"].layers) == (2.0, True, "last")
+    assert (general.task.kind, recipe.task.kind) == ("masked_lm", "classification")
+    assert {term.kind for term in recipe.losses} == {"forward_kl", "cross_entropy"}
+    assert recipe.teacher.kind == "finetune"
+
+
+def test_a_teacher_without_a_head_gets_only_a_head_before_it_teaches():
+    general = phases_of(load_recipe(shipped_recipe("distilbert-sample")))[0]
+    assert (general.teacher.kind, general.teacher.learns) == ("finetune", "head")
+
+
+@pytest.mark.parametrize("name", ["intent", "intent-sample"])
+def test_an_intent_recipe_has_two_students_of_one_stored_teacher(name):
+    recipe = load_recipe(shipped_recipe(name))
+    assert (recipe.teacher.kind, recipe.signals.kind) == ("finetune", "dense")
+    assert len(recipe.student.keep) == 2
+    assert recipe.static is not None
 
 
 @pytest.mark.parametrize("name", TEACHERS)
@@ -142,8 +242,8 @@ def test_gemma_learns_from_256_sampled_tokens_alone(name):
 
 def test_every_system_has_both_scales_and_stands_on_the_page():
     page = PAGE.read_text(encoding="utf-8")
-    shipped = set(shipped_recipes()) - {"quickstart"}
-    assert shipped >= set(TEACHERS)
-    full = [name for name in TEACHERS if not name.endswith("-sample")]
+    shipped, systems = set(shipped_recipes()) - {"quickstart"}, [*TEACHERS, *ENCODERS]
+    assert shipped >= set(systems)
+    full = [name for name in systems if not name.endswith("-sample")]
     for name in chain(full, (f"{name}-sample" for name in full)):
         assert f"potstill run {name}\n" in page or f"potstill check {name}\n" in page, name

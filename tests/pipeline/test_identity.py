@@ -87,6 +87,11 @@ def test_a_change_makes_stale_what_it_decides_and_nothing_else(here, change, exp
     assert stale(change) == expected
 
 
+def test_where_features_are_kept_the_layers_that_are_compared_decide_what_is_captured(here):
+    kept = ("signals={kind: dense, features: true}", "losses=[{kind: forward_kl}, {kind: hidden_mse}]")
+    assert stale("losses[1].layers=even", base=kept) == LEARNED | {"capture"}
+
+
 def test_a_folder_of_models_that_were_trained_first_serves_any_precision_and_device(here):
     """The finetuned teacher is kept: how it teaches afterwards is no reason to train it again."""
     assert not {"prepare", "finetune"} & stale("teacher.dtype=fp32", "teacher.device=cpu")

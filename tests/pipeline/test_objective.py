@@ -249,8 +249,8 @@ def test_widths_that_differ_get_projections_and_equal_ones_none():
     ("losses", "words"),
     [
         ("[{kind: minilm}]",
-         "losses[0].kind=minilm compares head by head, but the student has 2 heads and the teacher 3. Use minilm_v2, or "
-         "a student with as many heads."),
+         "losses[0].kind=minilm compares head by head, but the student has 2 heads and the teacher 3. Use minilm_v2, "
+         "or a student with as many heads."),
         ("[{kind: attention_mse}]",
          "losses[0].kind=attention_mse compares head by head, but the student has 2 heads and the teacher 3. Use "
          "losses[0].heads=averaged, or a student with as many heads."),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from potstill.errors import MissingExtra, RecipeError, StoreError
-from potstill.pipeline import build, recall
+from potstill.pipeline import cast, recall
 from potstill.pipeline.inspection import inspect_recipe
 from potstill.pipeline.recall import (
     PLAN,
@@ -124,7 +124,7 @@ def forbid(*_, **__):
 
 
 def test_all_is_refused_before_any_weight_is_loaded(load, monkeypatch):
-    monkeypatch.setattr(build, "load_model", forbid)
+    monkeypatch.setattr(cast, "load_model", forbid)
     with pytest.raises(RecipeError, match=r"^losses\[0\]\.kind=reverse_kl"):
         inspect_recipe(load(SAMPLED, "losses=[{kind: reverse_kl}]"))
     with pytest.raises(RecipeError, match=r"^signals\.k=301: the vocabulary has 300 tokens\. Use a k of 1 to 300\."):
@@ -135,7 +135,7 @@ def test_all_is_refused_before_any_weight_is_loaded(load, monkeypatch):
 
 
 def test_a_place_that_cannot_be_reached_is_refused_before_any_weight_is_loaded(load, monkeypatch, tmp_path):
-    monkeypatch.setattr(build, "load_model", forbid)
+    monkeypatch.setattr(cast, "load_model", forbid)
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(StoreError, match=r"^signals\.store: .*cannot be written"):
         inspect_recipe(load(SAMPLED, f"signals.store={tmp_path / 'file' / 'store'}"))

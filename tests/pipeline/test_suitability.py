@@ -100,6 +100,8 @@ REFUSALS = [
     (INTENT, [RECORDED, DENSE], "signals.kind: recorded answers are in a file already. Leave signals out."),
     (INTENT, ["signals={kind: dense, positions: {kind: random, share: 0.5}}"],
      "signals.positions: an answer to a text is kept whole. Leave positions out."),
+    (NEWS, ["signals={kind: dense, features: true}"],
+     "signals.features: is for tasks over texts, but task.kind=language_model. Leave it out."),
     # the training
     (INTENT, ["training={tokens: 1e6}"],
      "training.tokens: counts packed positions, which task.kind=classification has none of. Use epochs."),
@@ -129,7 +131,9 @@ REFUSALS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "changes", "words"), REFUSALS, ids=[words.partition(":")[0] for *_, words in REFUSALS])
+@pytest.mark.parametrize(
+    ("text", "changes", "words"), REFUSALS, ids=[words.partition(":")[0] for *_, words in REFUSALS]
+)
 def test_what_does_not_suit_the_task_is_refused_in_one_line(tmp_path, text, changes, words):
     assert refusal(read(tmp_path, text, *changes)) == words
 
@@ -139,6 +143,7 @@ ALLOWED = [
     (INTENT, [RECORDED]),
     (INTENT, [MIXTURE]),
     (INTENT, [FINETUNE, DENSE, STATIC]),
+    (INTENT, ["signals={kind: dense, features: true}", "losses=[{kind: forward_kl}, {kind: hidden_mse}]"]),
     (INTENT, ["task.multi_label=true", "data.noise={}", "data.slice=channel", "data.unlabelled=logs.jsonl"]),
     (INTENT, ["evaluation.price={machine_usd_per_hour: 1}", "training.compile=false"]),
     (INTENT, ["student={kind: layers, keep: [0, 2], architecture: distilbert}"]),

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from potstill.errors import Interrupted, RunError
-from potstill.pipeline import arms, metrics, run
+from potstill.pipeline import arms, course, metrics, run
 from potstill.pipeline.run import STAGES, explain_run, run_recipe
 from potstill.pipeline.rundir import Manifest
 from potstill.pipeline.stopping import Stopping
@@ -95,12 +95,11 @@ def test_trackers_are_closed_when_a_training_breaks_off(recipe, monkeypatch, tmp
     def stop(*_):
         raise Interrupted("stopped")
 
-    monkeypatch.setattr(arms, "PackedRows", lambda _: None)
-    monkeypatch.setattr(arms.build, "build_plan", lambda *_: SimpleNamespace(steps=3))
-    monkeypatch.setattr(arms, "_assemble", lambda *_, **__: (None, None))
+    parts = course.Course(None, None, None, None, 3, (), None, 1)
+    monkeypatch.setattr(arms, "_assemble", lambda *_: (parts, None, None, {}))
     tracker = SimpleNamespace(end_training=lambda: closed.append(True))
-    monkeypatch.setattr(arms, "start_trackers", lambda *_: tracker)
-    monkeypatch.setattr(arms, "train", stop)
+    monkeypatch.setattr(course, "start_trackers", lambda *_: tracker)
+    monkeypatch.setattr(course, "train", stop)
     inputs = arms.Inputs(tmp_path, tmp_path, 1)
     with pytest.raises(Interrupted):
         arms.train_arm(recipe, SimpleNamespace(folder=tmp_path), inputs, "student", stopping=Stopping())

@@ -417,7 +417,7 @@ RECIPES = st.fixed_dictionaries(
 ).map(Recipe.model_validate)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(RECIPES)
 def test_a_dumped_recipe_loads_back_equal(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> None:
     path = tmp_path_factory.mktemp("recipes") / "r.yaml"

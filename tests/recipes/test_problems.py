@@ -248,7 +248,7 @@ VALUE = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.dictionaries(st.sampled_from(list(Recipe.model_fields)), VALUE))
 def test_no_jargon_reaches_the_user_whatever_the_recipe(changes: dict[str, Any]) -> None:
     try:

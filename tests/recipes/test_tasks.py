@@ -115,5 +115,9 @@ def test_a_recipe_that_says_no_task_is_about_the_next_token():
 
 
 def test_masks_may_all_be_shown_or_all_be_random():
-    for shares in ({"by_mask": 1.0, "by_random": 0.0}, {"by_mask": 0.0, "by_random": 1.0}, {"by_mask": 0, "masked": 1e-6}):
+    for shares in (
+        {"by_mask": 1.0, "by_random": 0.0},
+        {"by_mask": 0.0, "by_random": 1.0},
+        {"by_mask": 0, "masked": 1e-6},
+    ):
         assert recipe(task={"kind": "masked_lm", **shares}).task.kind == "masked_lm"

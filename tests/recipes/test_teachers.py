@@ -52,7 +52,10 @@ def test_the_order_of_patterns_survives_the_saved_recipe(tmp_path):
         ),
         ("{kind: run}", r"^teacher\.recipe: missing\. The assistant's recipe"),
         ("{kind: run, recipe: 3}", r"^teacher\.recipe: got 3, needs text"),
-        ("{kind: rum, recipe: x}", r"^teacher\.kind: got 'rum', needs local, finetune, recorded, run or mixture\. Did you mean run\?"),
+        (
+            "{kind: rum, recipe: x}",
+            r"^teacher\.kind: got 'rum', needs local, finetune, recorded, run or mixture\. Did you mean run\?",
+        ),
         ("{kind: finetune, model: m}", r"^teacher\.training: missing\. How it is trained: on hard labels\.$"),
         (
             "{kind: finetune, model: m, training: {}}",

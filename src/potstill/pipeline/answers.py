@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,20 +20,25 @@ from pydantic import JsonValue
 
 from potstill.data import LabelledText
 from potstill.engines import EnsembleEngine
+from potstill.engines.local import load_config
 from potstill.errors import Interrupted, StoreError
 from potstill.pipeline import build
 from potstill.pipeline.cast import Cast, cast_of
+from potstill.pipeline.features import FeatureReader, Features, capture_features, features_of
 from potstill.pipeline.lessons import Inputs
 from potstill.pipeline.memory import release_memory
+from potstill.pipeline.objective import Answers, build_objective, wants_of
+from potstill.pipeline.places import STUDENT
 from potstill.pipeline.progress import Meter, metered
-from potstill.pipeline.recall import PLAN, cache_folder, place_for, stamp_for
+from potstill.pipeline.recall import FEATURES, PLAN, cache_folder, place_for, stamp_for
 from potstill.pipeline.rundir import RunDir, Stage
 from potstill.pipeline.stopping import Stopping
 from potstill.pipeline.texts import open_texts
 from potstill.recipes import Recipe
 from potstill.recipes.schema import MixtureTeacher, StoredSignals
+from potstill.recipes.signals import DenseSignals
 from potstill.signals import Encoding, SignalSpec, Store, encoding_of, open_store, reopen_store
-from potstill.types import Batch, Logits, Role, Signal, Wants
+from potstill.types import Batch, Logits, Reader, Role, Signal, Wants
 
 __all__ = ["AnswerReader", "capture_answers", "open_answers", "read_answers"]
 
@@ -124,19 +129,72 @@ def capture_answers(recipe: Recipe, stage: Stage, inputs: Inputs, stopping: Stop
             tokens = _take_down(book, teacher, [(key, texts[key]) for key in missing], meter=meter, stopping=stopping)
         del teacher
         release_memory()
+    behind = _capture_behind(recipe, inputs, book, stage.folder, stopping)
     left = len(book.store.missing(list(texts)))
     if left and stopping.asked():
         raise Interrupted(f"stopped after {len(missing) - left} of {len(missing)} texts; the same command continues.")
     _keep_plan(stage.folder / PLAN, list(texts), set(missing))
-    stage.finish(PLAN, **_facts(book, len(texts), len(missing), tokens=tokens, seconds=time.monotonic() - began))
+    facts = _facts(book, len(texts), len(missing), tokens=tokens, seconds=time.monotonic() - began)
+    stage.finish(PLAN, *([FEATURES] if behind else []), **facts, **behind)
 
 
-def open_answers(recipe: Recipe, captured: Path) -> AnswerReader:
-    """The store that a finished capture filled, as a teacher. Raises StoreError where it is gone or of another one."""
+def open_answers(recipe: Recipe, inputs: Inputs) -> Reader:
+    """The stores that a finished capture filled, as a teacher. Raises StoreError where one is gone or of another."""
+    captured = cast(Path, inputs.captured)
     facts: Any = RunDir(captured.parent).manifest(captured.name).facts
     store, spec = reopen_store(facts["store"], cache=cache_folder()), SignalSpec.from_json(facts["spec"])
-    vectors = Role(recipe.task.kind) is Role.ENCODER
-    return AnswerReader(store, encoding_of(spec), bytes.fromhex(facts["salt"]), vectors=vectors)
+    vectors, salt = Role(recipe.task.kind) is Role.ENCODER, bytes.fromhex(facts["salt"])
+    answers = AnswerReader(store, encoding_of(spec), salt, vectors=vectors)
+    features = _features(recipe, inputs) if "features" in facts else None
+    if features is None:
+        return answers
+    behind = reopen_store(facts["features"], cache=cache_folder())
+    return FeatureReader(answers, behind, features, salt=bytes.fromhex(facts["feature_salt"]), pools=not vectors)
+
+
+def _features(recipe: Recipe, inputs: Inputs) -> Features | None:
+    """What behind the answers the student's losses compare with; None where that is not kept, or nothing."""
+    if not (isinstance(recipe.signals, DenseSignals) and recipe.signals.features):
+        return None
+    student, teacher = load_config(str(inputs.initial / STUDENT), "student"), build.teacher_config(recipe)
+    objective = build_objective(recipe.losses, Answers.of(recipe, inputs.vocabulary), student, teacher)
+    wants = wants_of(objective)
+    return features_of(teacher, replace(wants, pooled=wants.pooled and Role(recipe.task.kind) is not Role.ENCODER))
+
+
+def _capture_behind(
+    recipe: Recipe, inputs: Inputs, book: _Book, folder: Path, stopping: Stopping
+) -> dict[str, JsonValue]:
+    """Complete the store of what lies behind the answers, where that is to be kept; returns what is to be told."""
+    features = _features(recipe, inputs)
+    if features is None:
+        return {}
+    spec = SignalSpec("hidden", inputs.vocabulary, width=features.numbers, dtype="bf16")
+    stamp = stamp_for(recipe, spec)
+    store = open_store(place_for(recipe, stamp), stamp, 2 * features.numbers, cache=cache_folder())
+    salt = hashlib.blake2b(book.salt + repr(features).encode(), digest_size=16).digest()
+    teacher = build.build_teacher(recipe, inputs.prepared)
+    keys: list[bytes] = []
+    for split in SPLITS:
+        rows = book.cast.rows(inputs.prepared, split, teacher.tokenizer)
+        with metered(f"capture features ({split})", len(rows), "texts") as meter, stopping.held():
+            keys += capture_features(
+                features,
+                store,
+                teacher,
+                rows,
+                salt=salt,
+                batch_tokens=book.batch_tokens,
+                meter=meter,
+                stopping=stopping,
+            )
+    release_memory()
+    left = len(store.missing(keys))
+    if left:
+        raise Interrupted(f"stopped with {left} texts to go; the same command continues.")
+    with (folder / FEATURES).open("wb") as file:
+        np.savez(file, keys=np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16))
+    return {"features": store.place, "feature_bytes": store.num_bytes, "feature_salt": salt.hex()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,7 +157,7 @@ def open_teacher(recipe: Recipe, inputs: Inputs, *, eager: bool = False) -> tupl
     if isinstance(recipe.teacher, RecordedTeacher):
         return build.open_recorded(recipe.teacher, cast_of(recipe, inputs.prepared)), ()
     if inputs.captured:
-        return open_answers(recipe, inputs.captured), ()
+        return open_answers(recipe, inputs), ()
     teacher = build.build_teacher(recipe, inputs.prepared, eager=eager)
     return teacher, models_of(teacher)
 

@@ -112,9 +112,7 @@ class _OneBatch:
         return self.whole.rows(row_numbers[0], row_numbers[-1] + 1)
 
 
-def _fidelity(
-    recipe: Recipe, student: Any, teacher: TeacherEngine, batch: Batch, *, vocabulary: int
-) -> Fidelity:
+def _fidelity(recipe: Recipe, student: Any, teacher: TeacherEngine, batch: Batch, *, vocabulary: int) -> Fidelity:
     row = replace(batch.rows(0, 1), taught_BT=None)
     lesson = Lesson(row, teacher.read(row, Wants(final=True)).to(row.ids_BT.device))
     return sample_fidelity(student, lesson, spec_for(recipe, vocabulary, teacher.model.config), temperature_of(recipe))

@@ -15,10 +15,17 @@ from potstill.pipeline.places import STUDENT
 from potstill.recipes import Recipe, load_recipe
 from potstill.recipes.schema import FinetuneTeacher, LocalTeacher, PretrainedStudent, Report, RunTeacher
 
-__all__ = ["blaming", "load_chain", "phases_of", "settle", "settle_teacher", "student_folder"]
+__all__ = ["PhaseStudent", "before", "blaming", "load_chain", "phases_of", "settle", "settle_teacher", "student_folder"]
 
 PHASE_KEYS = ("task", "data", "teacher", "losses", "signals", "training", "control", "evaluation")
 """What a phase may say otherwise than its recipe."""
+
+
+class PhaseStudent(PretrainedStudent):
+    """The student that an earlier phase has left, or will leave: it is known by that phase, not by its files."""
+
+    phase: Recipe
+    """The phase whose student it is."""
 
 
 def load_chain(recipe: Recipe) -> tuple[Recipe, ...]:
@@ -43,8 +50,7 @@ def settle(recipe: Recipe) -> Recipe:
     And with the student that the phase before has left as the one to go on with.
     """
     for phase in phases_of(recipe)[-1:]:
-        student = PretrainedStudent(kind="model", model=str(student_folder(phase)))
-        recipe = recipe.model_copy(update={"student": student, "phases": []})
+        recipe = recipe.model_copy(update={"student": _left_by(phase), "phases": []})
     if not isinstance(recipe.teacher, RunTeacher):
         return recipe
     model = str(student_folder(load_chain(recipe)[0]))
@@ -76,9 +82,15 @@ def phases_of(recipe: Recipe) -> tuple[Recipe, ...]:
             "report": Report(),
         }
         if found:
-            same["student"] = PretrainedStudent(kind="model", model=str(student_folder(found[-1])))
+            same["student"] = _left_by(found[-1])
         found.append(recipe.model_copy(update={**given, **same}))
     return tuple(found)
+
+
+def before(recipe: Recipe) -> tuple[Recipe, ...]:
+    """The phase whose student this recipe, or this phase of one, begins with; empty where it makes its own."""
+    own = (recipe.student.phase,) if isinstance(recipe.student, PhaseStudent) else ()
+    return phases_of(recipe)[-1:] or own
 
 
 def student_folder(recipe: Recipe) -> Path:
@@ -95,6 +107,10 @@ def blaming(assistant: Recipe, key: str = "teacher.recipe") -> Iterator[None]:
         raise
     except PotstillError as error:
         raise type(error)(f"{key}: in the run of {assistant.name}: {error}") from error
+
+
+def _left_by(phase: Recipe) -> PhaseStudent:
+    return PhaseStudent(kind="model", model=str(student_folder(phase)), phase=phase)
 
 
 def _load(file: str) -> Recipe:

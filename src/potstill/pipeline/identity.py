@@ -5,7 +5,7 @@ Importing this module is cheap. Refuses to open a model or a data file: they cou
 
 from __future__ import annotations
 
-from potstill.pipeline.chain import load_chain, phases_of
+from potstill.pipeline.chain import before, load_chain
 from potstill.pipeline.places import identify
 from potstill.recipes import Recipe, fingerprint
 from potstill.recipes.losses import SoftTerm
@@ -41,7 +41,8 @@ def stage_fingerprints(recipe: Recipe) -> dict[str, str]:
     found = {"prepare": fingerprint(["prepare", ROWS, *_identify_data(recipe, tokenizer)])}
     if isinstance(recipe.teacher, FinetuneTeacher):
         settings = recipe.teacher.model_dump(exclude={"dtype": True, "device": True, "training": FREE_TRAINING_KEYS})
-        found["finetune"] = fingerprint(["finetune", found["prepare"], recipe.task, settings, teacher])
+        # The model that it begins as, not how it teaches afterwards: it is trained in full precision.
+        found["finetune"] = fingerprint(["finetune", found["prepare"], recipe.task, settings, tokenizer])
         teacher = [teacher, found["finetune"]]
     task = [] if isinstance(recipe.task, LanguageModel) else [recipe.task]
     found["initialise"] = fingerprint(["initialise", found["prepare"], _identify_student(recipe), teacher, *task])
@@ -75,7 +76,7 @@ def _identify_data(recipe: Recipe, tokenizer: object) -> list[object]:
 
 def _identify_student(recipe: Recipe) -> list[object]:
     """What decides the student that begins."""
-    for phase in phases_of(recipe)[-1:]:
+    for phase in before(recipe):
         return ["phase", stage_fingerprints(phase)["train"]]
     own = recipe.student.model if isinstance(recipe.student, PretrainedStudent) else None
     return [recipe.student, own and identify(own)]

@@ -17,7 +17,7 @@ from potstill.engines import load_tokenizer, pick_device
 from potstill.engines.local import load_config
 from potstill.errors import RecipeError
 from potstill.pipeline import build
-from potstill.pipeline.chain import blaming, load_chain, phases_of, student_folder
+from potstill.pipeline.chain import before, blaming, load_chain, phases_of, student_folder
 from potstill.pipeline.disk import check_disk, folder_bytes
 from potstill.pipeline.layers import count_layers
 from potstill.pipeline.metrics import check_trackers
@@ -28,6 +28,7 @@ from potstill.pipeline.run import is_trained
 from potstill.pipeline.suitability import check_task
 from potstill.recipes import Recipe
 from potstill.recipes.schema import FinetuneTeacher, LayersStudent, OnlineSignals, PretrainedStudent, StoredSignals
+from potstill.recipes.signals import DenseSignals
 from potstill.signals import check_place, encoding_of, is_remote, shared_vocabulary
 from potstill.students import check_static_packages
 from potstill.types import Role
@@ -122,7 +123,8 @@ def _inspect_texts(recipe: Recipe, found: Inspection) -> Inspection:
     with init_empty_weights():
         build_objective(recipe.losses, Answers.of(recipe, 2), found.student.config, teacher)
     online = isinstance(recipe.signals, OnlineSignals) and found.teachers
-    if online and any(term.needs for term in recipe.losses):
+    behind = isinstance(recipe.signals, DenseSignals) and recipe.signals.features
+    if (online or behind) and any(term.needs for term in recipe.losses):
         shared_vocabulary(found.tokenizer, found.student_tokenizer)  # both read the same tokens
     if recipe.static:
         check_static_packages()
@@ -227,7 +229,7 @@ def _check_writing(recipe: Recipe, configs: Sequence[Any]) -> None:
 
 
 def _blank_student(recipe: Recipe, teacher: Any) -> Any:
-    for phase in phases_of(recipe)[-1:]:
+    for phase in before(recipe):
         config = inspect_recipe(phase).student.config
         return build.blank_model(config, "phases", Role(recipe.task.kind))
     if isinstance(recipe.student, LayersStudent):
@@ -239,7 +241,7 @@ def _blank_student(recipe: Recipe, teacher: Any) -> Any:
 
 
 def _student_tokenizer(recipe: Recipe, tokenizer: Any) -> Any:
-    for phase in phases_of(recipe)[-1:]:
+    for phase in before(recipe):
         return inspect_recipe(phase).student_tokenizer
     if not isinstance(recipe.student, PretrainedStudent):
         return tokenizer

@@ -18,7 +18,7 @@ from potstill.engines import LocalEngine, pick_device
 from potstill.engines.local import DTYPES
 from potstill.pipeline import build
 from potstill.pipeline.calibration import Pace, measure_pace
-from potstill.pipeline.chain import blaming, load_chain, phases_of, settle
+from potstill.pipeline.chain import before, blaming, load_chain, phases_of, settle
 from potstill.pipeline.disk import check_disk, check_writable, folder_bytes
 from potstill.pipeline.fidelity import describe_fidelity
 from potstill.pipeline.inspection import Inspection, check_store_room, inspect_recipe, stage_bytes
@@ -92,7 +92,7 @@ def print_plan(recipe: Recipe, *, measure: bool) -> None:
         check_store_room(recipe, found)
         check_disk(recipe.folder, estimate.disk_bytes - folder_bytes(recipe.folder), "this run")
     pace = None
-    if measure and isinstance(recipe.task, LanguageModel) and not recipe.phases:
+    if measure and isinstance(recipe.task, LanguageModel) and not before(recipe):
         teacher = _timed_teacher(recipe, found)
         pace = measure_pace(recipe, teacher, survey, vocabulary=found.vocabulary, steps=estimate.steps)
     _print_tables(recipe, statuses, [*_size_rows(recipe, estimate), *_time_rows(recipe, estimate, pace)])
@@ -205,7 +205,7 @@ def _bytes(size: float) -> str:
 def _time_rows(recipe: Recipe, found: Estimate, pace: Pace | None) -> Iterator[tuple[str, str, str]]:
     if pace is None:
         more = "--measure turns them into minutes"
-        if not isinstance(recipe.task, LanguageModel) or recipe.phases:
+        if not isinstance(recipe.task, LanguageModel) or before(recipe):
             more = "--measure is for language models without phases"
         yield "time", f"{found.operations:.2g} operations; {more}", "estimated"
         return

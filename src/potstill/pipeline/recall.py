@@ -26,7 +26,7 @@ from potstill.pipeline.places import resolve_model
 from potstill.recipes import Recipe, fingerprint
 from potstill.recipes.losses import CosineRamp, ForwardKL, LinearRamp, SoftTerm, VectorTerm
 from potstill.recipes.schema import MixtureTeacher, RunTeacher, StoredSignals
-from potstill.recipes.signals import HiddenSignals, TopKSignals, TruncatedSignals
+from potstill.recipes.signals import DenseSignals, HiddenSignals, TopKSignals, TruncatedSignals
 from potstill.signals import (
     Salt,
     SignalSpec,
@@ -41,6 +41,7 @@ from potstill.signals import (
 from potstill.signals.pieces import KEY_BYTES
 
 __all__ = [
+    "FEATURES",
     "HEAD",
     "PLAN",
     "cache_folder",
@@ -62,6 +63,9 @@ STRETCH_BYTES, STEP_BYTES, WHOLE_BYTES = 2**14, 2**18, 2**26
 HEAD = "head.safetensors"
 """Name of the teacher's head among the files of a store of hidden states."""
 
+FEATURES = "features.npz"
+"""Keys of the texts behind whose answers something is kept."""
+
 PLAN = "plan.npz"
 """What a capture is about, and what of it was missing when it began."""
 
@@ -80,6 +84,8 @@ def check_signals(recipe: Recipe) -> None:
     over_vectors = recipe.task.kind == "embedding"
     for index, term in terms.items():
         if isinstance(term, VectorTerm) and over_vectors:
+            continue
+        if isinstance(signals, DenseSignals) and signals.features and term.needs != "attention":
             continue
         if not isinstance(term, SoftTerm):
             raise RecipeError(
@@ -187,6 +193,11 @@ def explain_store(recipe: Recipe, captured: Path, facts: Mapping[str, Any]) -> s
     store = reopen_store(place, cache_folder())
     keys_P16 = load_plan(captured)[0]
     gone = len(store.missing([key.tobytes() for key in keys_P16]))
+    if behind := facts.get("features"):
+        if not has_store(behind, cache_folder()):
+            return f"{behind} is gone; will be captured again"
+        with np.load(captured / FEATURES) as kept:
+            gone += len(reopen_store(behind, cache_folder()).missing([key.tobytes() for key in kept["keys"]]))
     if gone:
         return f"{place} has lost {gone} of the pieces since; they will be captured again"
     headless = facts["spec"]["kind"] == "hidden" and not has_head(store)

@@ -108,6 +108,8 @@ def _signal_problems(recipe: Recipe) -> Iterator[str]:
             f"signals.kind: {signals.kind} keeps what was said of fixed tokens, but masks are drawn anew in every "
             "epoch. Use signals.kind=online."
         )
+    if isinstance(signals, DenseSignals) and signals.features and not recipe.over_texts:
+        yield f"signals.features: is for tasks over texts, but task.kind={task.kind}. Leave it out."
     if not recipe.over_texts:
         return
     if not isinstance(signals, OnlineSignals | DenseSignals):

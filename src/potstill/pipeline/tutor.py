@@ -35,6 +35,7 @@ TEACHER = "teacher"
 """Folder name of the trained model within the stage, and of the folder of such models beside the runs."""
 
 FACTS = "facts.json"
+"""What is to be told of a kept teacher, and the sizes of its files."""
 
 
 def finetune(recipe: Recipe, stage: Stage, prepared: Path, *, fingerprint: str, stopping: Stopping) -> None:
@@ -43,9 +44,9 @@ def finetune(recipe: Recipe, stage: Stage, prepared: Path, *, fingerprint: str, 
     Raises Interrupted, after saving, when somebody asks to stop while it trains.
     """
     kept = recipe.folder.absolute().parent / f"{TEACHER}s" / fingerprint
-    if (kept / FACTS).is_file():
+    facts = _facts_of(kept)
+    if facts is not None:
         _link(kept, stage.folder)
-        facts: Any = read_json(kept / FACTS)
         stage.finish(TEACHER, "metrics.jsonl", **{**facts, "found": str(kept)})
         return
     _train(recipe, stage, prepared, kept, stopping=stopping)
@@ -141,22 +142,42 @@ def _keep(folder: Path, kept: Path, facts: dict[str, Any]) -> None:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     _link(folder, part)
-    write_json_atomic(part / FACTS, facts)
+    write_json_atomic(part / FACTS, {"facts": facts, "bytes": _sizes(part)})
     sync_tree(part)
-    if kept.exists():  # another run was first
-        shutil.rmtree(part)
-    else:
+    if _facts_of(kept) is None:
+        shutil.rmtree(kept, ignore_errors=True)  # what lost a file would be in the way for ever
+    try:
         part.rename(kept)
+    except OSError:
+        if _facts_of(kept) is None:
+            raise
+        shutil.rmtree(part)  # another run was first
+
+
+def _facts_of(kept: Path) -> dict[str, Any] | None:
+    """What is to be told of the teacher that is kept there; None where none is, or not all of it."""
+    match read_json(kept / FACTS) if (kept / FACTS).is_file() else None:
+        case {"facts": dict(facts), "bytes": dict(sizes)} if sizes == _sizes(kept):
+            return facts
+    return None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of the model's files and of its log."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)}
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in (*sorted((folder / TEACHER).rglob("*")), folder / "metrics.jsonl") if path.is_file()]
 
 
 def _link(source: Path, target: Path) -> None:
     """The model and its log, as links to the same bytes, or as copies on another disk."""
-    for path in [*(source / TEACHER).rglob("*"), source / "metrics.jsonl"]:
-        if path.is_file():
-            place = target / path.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.unlink(missing_ok=True)
-            try:
-                os.link(path, place)
-            except OSError:
-                shutil.copyfile(path, place)
+    for path in _files(source):
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.unlink(missing_ok=True)
+        try:
+            os.link(path, place)
+        except OSError:
+            shutil.copyfile(path, place)

@@ -128,9 +128,12 @@ class HiddenSignals(StoredSignals):
 
 
 class DenseSignals(StoredSignals):
-    """All logits: 4 bytes a token of the vocabulary, for small ones."""
+    """All logits: 4 bytes a token of the vocabulary, for small ones; a teacher's whole answer to a text."""
 
     kind: Literal["dense"]
+    features: bool = False
+    """For tasks over texts: keep also what the losses compare behind the answers: hidden states, queries, keys and
+    values of every token, in 2 bytes a number. Teacher and student must have one tokenizer then."""
 
 
 Signals = Annotated[

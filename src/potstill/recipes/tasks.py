@@ -57,7 +57,7 @@ class TextTask(Part):
 
     kind: str
     overlong: Overlong = "truncate"
-    """What becomes of a text with more tokens than `data.sequence_length`: cut or left out, both counted, or refused."""
+    """What becomes of a text of more tokens than `data.sequence_length`: cut or left out, both counted, or refused."""
 
 
 class Classification(TextTask):

@@ -1,7 +1,7 @@
 """The forms in which a model says what it expects: spelled out, listed in part, or as states and a head.
 
-Suffixes: V vocabulary or classes, D width, N answers, K listed tokens, M teachers. Log-probabilities are nats. Refuses to
-compute: no logit is made here.
+Suffixes: V vocabulary or classes, D width, N answers, K listed tokens, M teachers. Log-probabilities are nats. Refuses
+to compute: no logit is made here.
 """
 
 from __future__ import annotations

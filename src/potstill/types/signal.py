@@ -120,8 +120,8 @@ class Signal:
 class StudentView:
     """What the losses see of the student; over a vocabulary never logits, so that no [N, V] is ever held.
 
-    final_ND    at the positions of the answers (`Batch.spoken_BT`), in batch order: final hidden states. Where `head` is
-                None, the scores of the classes themselves, [N, C]
+    final_ND    at the positions of the answers (`Batch.spoken_BT`), in batch order: final hidden states. Where `head`
+                is None, the scores of the classes themselves, [N, C]
     head        turns final states into logits; None where there are few classes and nothing to be saved
     hidden, attentions, vectors, pooled_BD  as in Signal
     """
