@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import DistilBertConfig, DistilBertForMaskedLM
 
 from potstill.recipes import load_recipe
 from potstill.signals import Stamp, open_store, reopen_store
@@ -275,3 +276,19 @@ def test_an_arm_that_is_worse_than_the_full_loss_has_losses_above_zero(bench):
     assert rows["distilbert.probe_below_full.no_kd"].value == pytest.approx(0.2)
     assert rows["distilbert.nll_above_full.no_kd"].low == pytest.approx(0.6 - 4.303 * 0.1 / 3**0.5)
     assert rows["distilbert.nll_above_full.random_start"].value == 0.0
+
+
+def test_random_weights_are_of_the_same_shape_follow_from_the_seed_and_are_drawn_once(bench, tmp_path, tiny_tokenizer):
+    size = {"dim": 8, "n_heads": 2, "hidden_dim": 16, "n_layers": 2, "max_position_embeddings": 16}
+    like = DistilBertForMaskedLM(DistilBertConfig(vocab_size=300, **size))
+    like.save_pretrained(tmp_path / "like")
+    tiny_tokenizer.save_pretrained(tmp_path / "like")
+    draw = bench("distilbert").draw_weights
+    for name, seed in (("a", 0), ("b", 0), ("c", 1), ("a", 1)):  # the last finds a folder that is whole
+        draw(tmp_path / "like", tmp_path / name, seed)
+    drawn = {name: DistilBertForMaskedLM.from_pretrained(tmp_path / name).state_dict() for name in "abc"}
+    assert {key: value.shape for key, value in drawn["a"].items()} == {k: v.shape for k, v in like.state_dict().items()}
+    key = "distilbert.embeddings.word_embeddings.weight"
+    assert drawn["a"][key].equal(drawn["b"][key])
+    assert not drawn["a"][key].equal(drawn["c"][key])
+    assert not drawn["a"][key].equal(like.state_dict()[key])

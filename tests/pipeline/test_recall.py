@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from potstill.errors import MissingExtra, RecipeError, StoreError
-from potstill.pipeline import cast, recall
+from potstill.pipeline import build, cast, recall
 from potstill.pipeline.inspection import inspect_recipe
 from potstill.pipeline.recall import (
     PLAN,

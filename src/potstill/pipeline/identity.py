@@ -18,6 +18,7 @@ from potstill.recipes.schema import (
     RunTeacher,
     StoredSignals,
 )
+from potstill.recipes.signals import DenseSignals
 
 __all__ = ["stage_fingerprints"]
 
@@ -51,6 +52,9 @@ def stage_fingerprints(recipe: Recipe) -> dict[str, str]:
         length = recipe.training.model_dump(include=LENGTH_KEYS)
         temperatures = [term.temperature for term in recipe.losses if isinstance(term, SoftTerm)]
         said = [recipe.signals.model_dump(exclude=FREE_SIGNAL_KEYS)]
+        if isinstance(recipe.signals, DenseSignals) and recipe.signals.features:
+            # What lies behind the answers is kept for these comparisons, and for no others.
+            said += [term.model_dump(exclude={"weight"}) for term in recipe.losses if not isinstance(term, SoftTerm)]
         found["capture"] = fingerprint(["capture", found["initialise"], length, temperatures, *said])
     found["train"] = fingerprint(["train", found["initialise"], training, recipe.losses, *said])
     if recipe.has_control:

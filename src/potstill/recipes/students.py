@@ -63,7 +63,7 @@ class LayersStudent(Part):
 
 
 class PretrainedStudent(Part):
-    """Any pretrained causal language model with the teacher's vocabulary."""
+    """Any pretrained model of the kind that the task asks for; over tokens, with the teacher's vocabulary."""
 
     kind: Literal["model"]
     model: str
