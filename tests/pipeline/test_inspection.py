@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from potstill.pipeline.build import build_teacher
+from potstill.pipeline.chain import phases_of
 from potstill.pipeline.inspection import count_parameters, inspect_recipe
 from potstill.recipes import load_recipe
 from potstill.students import cut_layers
@@ -18,3 +19,13 @@ def test_tied_weights_are_counted_once_without_weights_too(tiny_recipe, student)
     assert found.teacher_parameters == count_parameters(teacher)
     real = cut_layers(teacher, [0, 2]) if "layers" in student else teacher
     assert found.student_parameters == count_parameters(real)
+
+
+def test_phases_are_known_before_the_first_of_them_has_left_a_student(tiny_recipe):
+    recipe = load_recipe(tiny_recipe, ["phases=[{name: one}, {name: two}]"])
+    alone, found = inspect_recipe(load_recipe(tiny_recipe)), inspect_recipe(recipe)
+    assert not recipe.folder.exists()
+    assert found.student_parameters == alone.student_parameters
+    assert found.student_tokenizer.get_vocab() == alone.student_tokenizer.get_vocab()
+    for phase in phases_of(recipe):
+        assert inspect_recipe(phase).student.config.num_hidden_layers == 2

@@ -53,14 +53,14 @@ def answering(
 
 
 def _open_model(recipe: Recipe, prepared: Path, arm: str, folder: Path | None) -> Answerer:
-    """The teacher as it taught; other arms in the precision of their training, and on its device: speeds compare."""
+    """Every arm in the teacher's precision and on its device: speeds compare."""
     task = cast_of(recipe, prepared)
     if folder is None:
         places = [resolve_model(member.model, key) for key, member in build.teachers_of(recipe).items()]
         return _Model(arm, build.build_teacher(recipe, prepared), task, places)
     device = pick_device(recipe.teacher.device, "teacher.device")
     key = f"evaluate ({arm})"
-    engine = build.build_engine(str(folder), recipe.training.precision, device, key, cast=task)
+    engine = build.build_engine(str(folder), recipe.teacher.dtype, device, key, cast=task)
     return _Model(arm, engine, task, [str(folder)])
 
 

@@ -62,7 +62,9 @@ def train_arm(recipe: Recipe, stage: Stage, inputs: Inputs, arm: Arm, *, stoppin
     saving, when somebody asks to stop while it trains.
     """
     course, student, tokenizer, overlong = _assemble(recipe, inputs, arm)
-    dtype = torch.bfloat16 if recipe.training.precision == "bf16" else None
+    # Small models that are often asked one text at a time: float32 is what their users run.
+    low = recipe.training.precision == "bf16" and not recipe.over_texts
+    dtype = torch.bfloat16 if low else None
 
     def save() -> list[str]:
         save_student(student, tokenizer, stage.folder / STUDENT, dtype)

@@ -66,6 +66,14 @@ HEAD = "head.safetensors"
 FEATURES = "features.npz"
 """Keys of the texts behind whose answers something is kept."""
 
+BEHIND = {
+    "hidden": "hidden layers",
+    "attention": "attention maps",
+    "vectors": "queries, keys and values",
+    "pooled": "vectors of whole texts",
+}
+"""What losses compare behind the answers, in words."""
+
 PLAN = "plan.npz"
 """What a capture is about, and what of it was missing when it began."""
 
@@ -89,8 +97,8 @@ def check_signals(recipe: Recipe) -> None:
             continue
         if not isinstance(term, SoftTerm):
             raise RecipeError(
-                f"losses[{index}].kind={term.kind} needs {term.needs}, which signals.kind={signals.kind} does not "
-                "keep. Use signals.kind=online, or remove this loss."
+                f"losses[{index}].kind={term.kind} needs {BEHIND[term.needs]}, which signals.kind={signals.kind} does "
+                "not keep. Use signals.kind=online, or remove this loss."
             )
     soft = {index: term for index, term in terms.items() if isinstance(term, SoftTerm)}
     if isinstance(signals, HiddenSignals) and isinstance(recipe.teacher, MixtureTeacher):
