@@ -41,10 +41,7 @@ def alone(folder, texts, length=16):
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.inference_mode():
         return torch.cat(
-            [
-                model(**tokenizer(text, truncation=True, max_length=length, return_tensors="pt")).logits
-                for text in texts
-            ]
+            [model(**tokenizer(text, truncation=True, max_length=length, return_tensors="pt")).logits for text in texts]
         ).numpy()
 
 
@@ -81,9 +78,7 @@ def test_an_ensemble_answers_with_the_weighted_mean_of_its_members(opened, make_
         make_encoder("classes", labels=CLASSES, seed=2, backwards=True),
     ]
     members = [{"model": str(folders[0]), "weight": 3.0}, {"model": str(folders[1])}]
-    arms, texts = opened(
-        teacher={"kind": "mixture", "dtype": "fp32", "members": members}, signals={"kind": "dense"}
-    )
+    arms, texts = opened(teacher={"kind": "mixture", "dtype": "fp32", "members": members}, signals={"kind": "dense"})
     said = [torch.from_numpy(alone(folder, [text.text for text in texts])).softmax(-1) for folder in folders]
     with arms("teacher") as arm:
         found = torch.from_numpy(arm.scores(texts)).softmax(-1)

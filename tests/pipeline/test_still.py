@@ -50,7 +50,9 @@ def test_it_learns_and_is_evaluated_as_its_folder_answers_elsewhere(still):
     chances = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     np.testing.assert_allclose(own.predict_proba([text.text for text in texts]), chances, atol=1e-4)
     rows = json.loads((recipe.folder / "evaluate" / "measurements.json").read_text())
-    accuracy = next(row["value"] for row in rows if (row["arm"], row["name"], row["slice"]) == ("static", "accuracy", "test"))
+    accuracy = next(
+        row["value"] for row in rows if (row["arm"], row["name"], row["slice"]) == ("static", "accuracy", "test")
+    )
     right = [CLASSES[place] == text.label for place, text in zip(scores.argmax(-1), texts, strict=True)]
     assert accuracy == pytest.approx(np.mean(right))
 

@@ -118,6 +118,18 @@ def test_unlabelled_texts_are_left_out_of_the_teachers_training(taught, queries,
     assert facts(recipe)["rows"] == labelled < facts(recipe, "prepare")["documents"]["train"]
 
 
+def test_a_head_that_alone_learns_takes_its_drawn_pooler_along(taught, make_encoder):
+    """The pooler of a BERT is drawn with the head where the model lacks it: frozen, it would stay a random layer."""
+    from safetensors.torch import load_file
+
+    recipe = taught("task", "teacher.learns=head")
+    run_recipe(recipe, until="finetune")
+    trained = load_file(recipe.folder / "finetune" / "teacher" / "model.safetensors")
+    start = load_file(make_encoder("masked") / "model.safetensors")
+    assert all(trained[name].equal(start[name]) for name in start if name.startswith("bert."))
+    assert trained["bert.pooler.dense.bias"].abs().max() > 0  # it is drawn as zeros
+
+
 def test_labels_are_required_where_a_teacher_learns_from_them(taught, queries, write_rows):
     splits = ["train"] * 30 + ["validation"] * 10 + ["test"] * 10
     rows = [{**row, "split": split} for row, split in zip(queries(50), splits, strict=True)]

@@ -130,8 +130,11 @@ def _objective(recipe: Recipe, cast: Cast, model: Any) -> Any:
 
 
 def _freeze_body(model: Any) -> None:
-    """Leave learning to the head: whatever does not belong to the body that the model has in common with others."""
-    body = {id(parameter) for parameter in model.base_model.parameters()}
+    """Leave learning to the head: whatever does not belong to the body that the model has in common with others.
+
+    A pooler lies within the body, but is drawn and saved with a head.
+    """
+    body = {id(weight) for name, weight in model.base_model.named_parameters() if not name.startswith("pooler.")}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) not in body)
 

@@ -288,9 +288,9 @@ _ALL_RIGHT: _Compared = (
 _PAIRED: dict[str, tuple[str, tuple[_Compared, ...]]] = {
     "language_model": ("per token", (_AGREEMENT, _KL, _NLL)),
     "masked_lm": ("per masked token", (_AGREEMENT, _KL, _NLL)),
-    "classification": ("per text", (_RIGHT, _F1, _AGREEMENT, _KL)),
-    "multi_label": ("per label", (_F1, _ALL_RIGHT, _AGREEMENT, _KL)),
-    "token_classification": ("per word", (_RIGHT, _F1, _ENTITIES, _AGREEMENT, _KL)),
+    "classification": ("per text", (_RIGHT, _F1, _AGREEMENT, _KL, _NLL)),
+    "multi_label": ("per label", (_F1, _ALL_RIGHT, _AGREEMENT, _KL, _NLL)),
+    "token_classification": ("per word", (_RIGHT, _F1, _ENTITIES, _AGREEMENT, _KL, _NLL)),
     "embedding": ("", ()),
 }
 """Of each task: per what its nats are, and what is compared text by text."""
