@@ -79,17 +79,18 @@ def minutes_rows(run: Path) -> list[Row]:
 def fewlabel_rows(ready: Sequence[Measured], own: Sequence[Measured]) -> list[Row]:
     """What a teacher adds to few labels: one that was ready, which has the bar, and one that learned from the same few.
 
-    A gain is the student's accuracy less that of its control arm, seed by seed.
+    A gain is the student's accuracy less that of its control arm, seed by seed. Who was not run has no row.
     """
-    gain = measured_rows(ready, {"intent.fewlabel_gain": ("student", GAIN)})[0]
-    low = [] if gain.low is None else [Row("intent.fewlabel_gain_low", gain.low, gain.unit, n=gain.n)]
+    gains = measured_rows(ready, {"intent.fewlabel_gain": ("student", GAIN)}) if ready else []
+    low = [Row("intent.fewlabel_gain_low", gain.low, gain.unit, n=gain.n) for gain in gains if gain.low is not None]
     arms = {
         f"intent.fewlabel.{kind}.{arm}": (seeds, (arm, "accuracy"))
         for kind, seeds in (("ready_teacher", ready), ("own_teacher", own))
         for arm in ("teacher", "control", "student")
     }
-    beside = [row for name, (seeds, key) in arms.items() for row in measured_rows(seeds, {name: key})]
-    return [gain, *low, *measured_rows(own, {"intent.fewlabel_gain.own_teacher": ("student", GAIN)}), *beside]
+    beside = [row for name, (seeds, key) in arms.items() if seeds for row in measured_rows(seeds, {name: key})]
+    gains_own = measured_rows(own, {"intent.fewlabel_gain.own_teacher": ("student", GAIN)}) if own else []
+    return [*gains, *low, *gains_own, *beside]
 
 
 def _took_over(facts: Mapping[str, Any]) -> bool:

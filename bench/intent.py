@@ -64,6 +64,13 @@ def read_arguments() -> argparse.Namespace:
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--fewlabel", action="store_true", help="measure the gain where few texts have labels")
     part.add_argument("--peer", action="store_true", help="compare a sentence encoder with sentence-transformers")
+    parser.add_argument(
+        "--teachers",
+        nargs="+",
+        choices=("ready", "own"),
+        default=("ready", "own"),
+        help="whose students, with --fewlabel",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="times that each side runs, with --peer")
     parser.add_argument("--peer-python", type=Path, help="interpreter with sentence-transformers, with --peer")
     parser.add_argument(
@@ -94,7 +101,8 @@ def measure_fewlabel(arguments: argparse.Namespace) -> tuple[list[Row], dict[str
         whole = run_folder(arguments, seed)
         begin("finetune", whole, seed, arguments)
         teachers = {"ready": ready_teacher(whole), "own": own_teacher(arguments)}
-        for kind, teacher in teachers.items():
+        for kind in arguments.teachers:
+            teacher = teachers[kind]
             run = run_folder(arguments, seed, f"fewlabel-{kind}")
             begin("evaluate", run, seed, arguments, *FEW_CHANGES, *teacher)
             found[kind].append(read_run(run))

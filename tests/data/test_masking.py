@@ -90,3 +90,26 @@ def test_the_batch_itself_is_left_alone():
     mask_tokens(batch, replace(RULE, masked=1.0), seeded(0))
     assert torch.equal(batch.ids_BT, before[0])
     assert torch.equal(batch.targets_BT, before[1])
+
+
+@given(st.sets(st.integers(0, 60), max_size=30), st.integers(0, 99))
+def test_random_tokens_are_any_but_special_ones_and_of_the_vocabulary(special, seed):
+    batch = framed(2, 200)
+    ordinary = [token for token in range(40) if token not in special]
+    rule = MaskRule(1.0, 0.0, 1.0, MASK, 40, tuple(special))
+    masked = mask_tokens(batch, rule, seeded(seed))
+    found = masked.ids_BT[masked.supervised_BT]
+    # The n-th ordinary token for the n-th number drawn: a list of all of them says the same.
+    count = len(found)
+    generator = seeded(seed)
+    torch.rand(count, generator=generator), torch.rand(count, generator=generator)
+    assert (
+        found.tolist() == torch.tensor(ordinary)[torch.randint(len(ordinary), (count,), generator=generator)].tolist()
+    )
+
+
+def test_a_draw_costs_nothing_a_token_of_the_vocabulary():
+    batch = framed(2, 12)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        mask_tokens(batch, replace(RULE, vocabulary=10**6), seeded(0))
+    assert max(event.cpu_memory_usage for event in profile.key_averages()) < 10**5

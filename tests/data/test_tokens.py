@@ -19,6 +19,16 @@ LINES = ["the red fox", "one two three one two three", "owl", "do you like the o
 CLASSES = ["c", None, "a", "oos"]
 
 
+@pytest.fixture(scope="module")
+def byte_tokenizer():
+    """One token a byte, spaces among them."""
+    from tokenizers import pre_tokenizers
+    from transformers import RobertaTokenizer
+
+    letters = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    return RobertaTokenizer(vocab={letter: number for number, letter in enumerate(letters)}, merges=[])
+
+
 def texts_of(lines, labels=None):
     labels = labels or [None] * len(lines)
     return [
@@ -78,19 +88,24 @@ def test_a_word_answers_at_its_first_token(bert_tokenizer):
     rows = rows_of([text], bert_tokenizer, role=Role.TOKEN_CLASSIFIER)
     batch = rows.batch([0])
     tokens = bert_tokenizer.convert_ids_to_tokens(batch.ids_BT[0].tolist())
-    assert tokens == ["[CLS]", "the", "play", "##ing", "fox", "##s", "owl", "[SEP]"]
-    assert batch.taught_BT[0].nonzero()[:, 0].tolist() == [1, 2, 4, 6]
-    assert batch.targets_BT[0, [1, 2, 4, 6]].tolist() == [0, 1, IGNORE, IGNORE]
-    assert rows.words_of(0).tolist() == [0, 1, 2, 4]
-    assert rows.lost_words == 1
+    assert tokens == ["[CLS]", "the", "play", "##ing", "fox", "##s", "?", "owl", "[SEP]"]
+    assert batch.taught_BT[0].nonzero()[:, 0].tolist() == [1, 2, 4, 6, 7]
+    assert batch.targets_BT[0, [1, 2, 4, 6, 7]].tolist() == [0, 1, IGNORE, 2, IGNORE]
+    assert rows.words_of(0).tolist() == [0, 1, 2, 3, 4]
+    assert rows.lost_words == 0
 
 
-def test_words_keep_their_spaces_where_these_belong_to_tokens():
-    from tokenizers import pre_tokenizers
-    from transformers import RobertaTokenizer
+@given(st.lists(st.sampled_from(["fox", "playing", "\u200b", "", " ", "\ufe0f", "\x07", "\u0301", "?"]), min_size=1))
+def test_whatever_the_words_are_every_tokenizer_answers_about_all_of_them(bert_tokenizer, byte_tokenizer, words):
+    text = LabelledText("1", tuple(words), label=("a",) * len(words))
+    for tokenizer in (bert_tokenizer, byte_tokenizer):
+        rows = rows_of([text], tokenizer, length=512, role=Role.TOKEN_CLASSIFIER)
+        assert rows.words_of(0).tolist() == list(range(len(words)))
+        assert rows.batch([0]).targets_N.tolist() == [0] * len(words)
 
-    letters = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = RobertaTokenizer(vocab={letter: number for number, letter in enumerate(letters)}, merges=[])
+
+def test_words_keep_their_spaces_where_these_belong_to_tokens(byte_tokenizer):
+    tokenizer = byte_tokenizer
     text = LabelledText("1", ("ab", "c", "d"), label=("a", "b", "c"))
     batch = rows_of([text], tokenizer, role=Role.TOKEN_CLASSIFIER).batch([0])
     assert batch.ids_BT.tolist() == [tokenizer("ab c d")["input_ids"]]
@@ -207,3 +222,13 @@ def test_rows_of_a_batch_are_of_like_length_and_epochs_differ():
     # Batches themselves are shuffled: short ones do not come first.
     means = batches.mean(1)
     assert abs(means[:50].mean() - means[50:].mean()) < 20
+
+
+def test_batches_stay_of_like_length_when_epochs_end_within_one():
+    epochs = 3
+    lengths = np.random.default_rng(0).integers(1, 100, 3215)
+    order = bucketed_order(lengths, batch_rows=32, seed=0)
+    rows = np.concatenate([order(epoch).numpy() for epoch in range(epochs)])
+    batches = lengths[rows[: len(rows) // 32 * 32]].reshape(-1, 32)
+    spread = batches.max(1) - batches.min(1)
+    assert (spread > 10).sum() <= epochs  # but for those that two epochs share

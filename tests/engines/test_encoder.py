@@ -236,6 +236,12 @@ def test_the_size_of_an_answer(build):
         assert EncoderEngine(build("bert", role, num_labels=4), Words(), role).vocabulary == size
 
 
+def test_tokens_are_counted_once_and_not_at_every_batch(build, packed, monkeypatch):
+    engine = EncoderEngine(build("bert", Role.MASKED), Words(), Role.MASKED)
+    monkeypatch.setattr(Words, "get_vocab", lambda _: pytest.fail("listed again"))
+    assert engine.read(packed, Wants(final=True)).logits.head.vocabulary == engine.vocabulary
+
+
 def test_a_batch_without_answers_gives_none(build, texts):
     silent = replace(texts, targets_BT=torch.full_like(texts.targets_BT, IGNORE), taught_BT=None)
     for role, width in ((Role.MASKED, 32), (Role.CLASSIFIER, 2), (Role.TOKEN_CLASSIFIER, 2)):

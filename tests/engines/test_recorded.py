@@ -204,3 +204,12 @@ def test_there_is_no_model(write):
     words = asking(*ROWS)
     with pytest.raises(ValueError, match="not of one text a row"):
         reader.read(Batch(words.ids_BT, words.targets_BT, words.segments_BT), FINAL)
+
+
+def test_labels_are_named_as_those_of_the_data_and_gaps_are_no_answers(write):
+    said = [3.0, " yes ", True, float("nan"), "  ", None]
+    rows = [{"id": str(n), "text": f"t{n}", "label": label} for n, label in enumerate(said)]
+    reader = read_recorded(write(*rows), labels=("3", "yes", "true"), label="label")
+    assert reader.read(asking(*rows[:3]), FINAL).logits.logits_NV.argmax(-1).tolist() == [0, 1, 2]
+    with pytest.raises(DataError, match="no answer to 3 of 3 texts"):
+        reader.read(asking(*rows[3:]), FINAL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 from collections.abc import Callable, Sequence
@@ -90,7 +91,8 @@ def encoder_config(family: str, layers: int, width: int) -> Any:
     size = len(SPECIALS) + len(WORDS)
     if family == "distilbert":
         sizes = {"dim": width, "hidden_dim": 2 * width, "n_layers": layers, "n_heads": 4}
-        return DistilBertConfig(vocab_size=size, max_position_embeddings=48, pad_token_id=0, **sizes)
+        plain = {"max_position_embeddings": 48, "pad_token_id": 0, "initializer_range": 0.2}
+        return DistilBertConfig(vocab_size=size, **plain, **sizes)
     sizes = {
         "vocab_size": size,
         "hidden_size": width,
@@ -113,6 +115,11 @@ def make_encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
     `head` is masked, classes, words or body; `backwards` numbers the words the other way round. Do not write into it.
     """
+    import transformers  # noqa: F401
+
+    # Stages collect garbage as they end; going through all that was imported would take a third of a tiny run.
+    gc.collect()
+    gc.freeze()
     made: dict[str, Path] = {}
 
     def make(

@@ -341,3 +341,35 @@ def test_the_control_arm_of_a_chain_learns_hard_labels_alone(final):
     assert all(line["loss"] == pytest.approx(line["cross_entropy"]) for line in lines)
     measured = json.loads((recipe.folder / "evaluate" / "measurements.json").read_text())
     assert {row["arm"] for row in measured} == {"teacher", "untrained", "control", "student"}
+
+
+@pytest.mark.parametrize("kind", ["words", "parts", "unlabelled"])
+def test_an_assistant_is_run_first_for_texts_of_any_form(task, write_task, make_encoder, queries, write_rows, kind):
+    """What is looked at before its run are the texts as they will be prepared, with the classes it will know."""
+    rows, labels, own = queries(80), ("counting", "finding", "painting"), {}
+    assistant = {"teacher": _local(make_encoder("classes", labels=labels))}
+    if kind == "words":
+        keys = {"task": {"kind": "token_classification"}, "data": {"text": "words", "label": "word_labels"}}
+        assistant["teacher"] = _local(make_encoder("words", labels=("B-BEAST", "B-HUE", "O")))
+    elif kind == "parts":
+        file = write_rows([]).with_name("parts.json")
+        parts = {"train": rows[:60], "test": rows[60:]}
+        file.write_text(json.dumps({part: [[row["text"], row["label"]] for row in own] for part, own in parts.items()}))
+        keys = {"data": {"source": str(file)}}
+    else:
+        keys = {"control": {"enabled": False}, "losses": [{"kind": "forward_kl"}]}
+        bare = [{key: row[key] for key in ("id", "text")} | {"split": "train"} for row in rows[:60]]
+        held = [row | {"split": "test"} for row in rows[60:]]
+        own = {"data": {"source": str(write_rows([*bare, *held]))}}
+    file = write_task("assistant", **{**keys, **assistant})
+    student = {"kind": "layers", "keep": "even", "count": 1}
+    final = task(
+        "own", teacher={"kind": "run", "recipe": str(file), "dtype": "fp32"}, student=student, **{**keys, **own}
+    )
+    print_plan(final, measure=False)
+    run_recipe(final, until="initialise")
+    assert is_trained(load_chain(final)[0])
+
+
+def _local(model: Path) -> dict[str, Any]:
+    return {"kind": "local", "model": str(model), "dtype": "fp32"}

@@ -50,9 +50,13 @@ class Arm:
     places: list[str]
     parameters: int = 7
     query: Any = None
+    length: int = 10**6
 
     def scores(self, texts, meter=None):
         return np.concatenate([np.atleast_2d(self.answer(text)) for text in texts]).astype(np.float32)
+
+    def cut(self, texts):
+        return sum(len(text.text) > self.length for text in texts)
 
 
 @pytest.fixture
@@ -60,7 +64,7 @@ def house(tmp_path, monkeypatch):
     """What runs the stage on texts by split, and gives back its files by name and its notes."""
     monkeypatch.setattr(examine, "release_memory", lambda: None)  # there is nothing to release, and it takes a second
 
-    def run(recipe, splits, answers, *, labels=LABELS, queries=None):
+    def run(recipe, splits, answers, *, labels=LABELS, queries=None, lengths=None):
         prepared, model = tmp_path / "prepare", tmp_path / "model"
         for folder in (prepared, model):
             folder.mkdir(exist_ok=True)
@@ -74,7 +78,7 @@ def house(tmp_path, monkeypatch):
         def answerers(arm):
             opened.append(arm)
             query = (queries or {}).get(arm, lambda texts: len(texts))
-            yield Arm(arm, answers[arm], [str(model)], query=query)
+            yield Arm(arm, answers[arm], [str(model)], query=query, **(lengths or {}).get(arm, {}))
             opened.remove(arm)
 
         with open_run(tmp_path / "run") as folder, folder.stage("evaluate", "f") as stage:
@@ -305,6 +309,27 @@ def short(log):
         return {arm: Latency(turns) for arm in queries}
 
     return measure
+
+
+@pytest.mark.parametrize(("precision", "told"), [("fp32", True), ("bf16", False)])
+def test_arms_that_are_timed_in_different_precisions_are_said_to_be(house, monkeypatch, precision, told):
+    monkeypatch.setattr(examine, "measure_latency", short([]))
+    recipe = recipe_of(CLASSES, speed=True)
+    recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"precision": precision})})
+    answers = {arm: planted()[arm] for arm in ("teacher", "student")}
+    _, notes = house(recipe, {"test": texts_of(9), "validation": texts_of(9, 100)}, answers)
+    assert bool([note for note in notes if "the teacher answered in bf16 and its students in fp32" in note]) == told
+
+
+def test_test_texts_that_an_arm_reads_the_beginning_of_are_counted(house):
+    """`task.overlong` is for what is learned: a test text is asked about whatever its length."""
+    task = {**CLASSES, "overlong": "refuse"}
+    lengths = {arm: {"length": 6} for arm in ("untrained", "student")}
+    _, notes = house(
+        recipe_of(task), {"test": texts_of(12), "validation": texts_of(6, 100)}, planted(), lengths=lengths
+    )
+    (note,) = (note for note in notes if "tokens" in note)
+    assert note == "2 of 12 test texts have more than 512 tokens: untrained, student answered by their beginnings"
 
 
 def test_a_part_of_the_test_texts_is_drawn_by_the_seed_and_said(house):

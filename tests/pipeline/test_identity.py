@@ -92,6 +92,17 @@ def test_where_features_are_kept_the_layers_that_are_compared_decide_what_is_cap
     assert stale("losses[1].layers=even", base=kept) == LEARNED | {"capture"}
 
 
+READY = "teacher={kind: local, model: ready}"
+
+
+@pytest.mark.parametrize("other", ["{kind: local, model: other}", "{kind: mixture, members: [{model: a}, {model: b}]}"])
+def test_classes_that_a_ready_teacher_names_are_read_again_with_another_teacher(here, other):
+    """The recipe lists none, and a teacher that labels what nobody labelled may know other ones."""
+    assert stale(f"teacher={other}", base=(READY,)) == ALL - {"finetune"}
+    listed = (READY, "task.labels=[a, b]")
+    assert "prepare" not in stale(f"teacher={other}", base=listed)
+
+
 def test_a_folder_of_models_that_were_trained_first_serves_any_precision_and_device(here):
     """The finetuned teacher is kept: how it teaches afterwards is no reason to train it again."""
     assert not {"prepare", "finetune"} & stale("teacher.dtype=fp32", "teacher.device=cpu")

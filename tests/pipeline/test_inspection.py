@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from potstill.errors import RecipeError
 from potstill.pipeline.build import build_teacher
 from potstill.pipeline.chain import phases_of
 from potstill.pipeline.inspection import count_parameters, inspect_recipe
@@ -19,6 +20,19 @@ def test_tied_weights_are_counted_once_without_weights_too(tiny_recipe, student)
     assert found.teacher_parameters == count_parameters(teacher)
     real = cut_layers(teacher, [0, 2]) if "layers" in student else teacher
     assert found.student_parameters == count_parameters(real)
+
+
+@pytest.mark.parametrize(("family", "longest"), [("bert", 48), ("roberta", 47)])
+def test_positions_that_a_model_counts_from_its_padding_on_hold_no_tokens(task, make_encoder, family, longest):
+    """A RoBERTa of 514 positions reads 512 tokens: of one more, its table of positions knows nothing."""
+    teacher = {
+        "kind": "local",
+        "model": str(make_encoder("classes", family=family, labels=("a", "b"))),
+        "dtype": "fp32",
+    }
+    inspect_recipe(task(teacher=teacher, data={"sequence_length": longest}))
+    with pytest.raises(RecipeError, match=rf"^data\.sequence_length: .*Use at most {longest}\."):
+        inspect_recipe(task(teacher=teacher, data={"sequence_length": longest + 1}))
 
 
 def test_phases_are_known_before_the_first_of_them_has_left_a_student(tiny_recipe):

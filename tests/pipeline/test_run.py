@@ -334,9 +334,9 @@ def test_half_precision_arms_are_evaluated_as_they_were_trained(load, monkeypatc
     seen = {}
     whole = build.build_engine
 
-    def build_engine(model, dtype, device, key):
+    def build_engine(model, dtype, device, key, **others):
         seen[key] = dtype
-        return whole(model, dtype, device, key)
+        return whole(model, dtype, device, key, **others)
 
     monkeypatch.setattr(build, "build_engine", build_engine)
     run_recipe(load("training.precision=bf16", "training.steps=2"))

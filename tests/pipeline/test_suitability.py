@@ -53,6 +53,9 @@ REFUSALS = [
     (INTENT, ["task={kind: token_classification}", RECORDED],
      "teacher.kind: recorded answers are classes of texts, but task.kind=token_classification. Use "
      "task.kind=classification, or another teacher."),
+    (INTENT, [RECORDED, "teacher.match=id", "data.noise={}"],
+     "teacher.match: id, but data.noise makes copies with ids of their own, of which nothing was recorded. Use "
+     "teacher.match=text, which gives a copy the answer to its text; or remove noise."),
     (NEWS, ["task={kind: masked_lm}", MIXTURE, "student.keep=even"],
      "teacher.kind: mixture averages probabilities, which task.kind=masked_lm does not do. Use one model."),
     (INTENT, ["task={kind: embedding}", MIXTURE, "losses=[{kind: vector_mse}]"],
@@ -174,6 +177,22 @@ def test_a_student_that_an_earlier_phase_makes_is_judged_there(tmp_path):
     recipe = read(tmp_path, INTENT, "student={kind: layers, count: 2}", phase)
     suitability.check_task(recipe)
     suitability.check_task(phases_of(recipe)[0])
+
+
+def test_a_static_classifier_of_pairs_is_refused_where_there_are_phases_too(tmp_path):
+    phase = "phases=[{name: general, task: {kind: masked_lm}, data: {source: words.jsonl}, signals: {kind: online}}]"
+    recipe = read(tmp_path, INTENT, STATIC, DENSE, "data.text_pair=second", phase)
+    assert refusal(recipe) == "static: reads one text, but data.text_pair names a second one. Remove static."
+
+
+def test_what_queries_cost_is_no_matter_of_a_phase_that_has_none(tmp_path):
+    phase = "phases=[{name: general, task: {kind: masked_lm}}, {name: more, losses: [{kind: reverse_kl}]}]"
+    recipe = read(tmp_path, INTENT, "evaluation.price={machine_usd_per_hour: 1}", phase)
+    general, more = phases_of(recipe)
+    suitability.check_task(general)
+    assert (general.evaluation.price, more.evaluation.price) == (None, recipe.evaluation.price)
+    said = read(tmp_path, INTENT, phase, "phases[0].evaluation={price: {machine_usd_per_hour: 1}}")
+    assert refusal(phases_of(said)[0]).startswith("evaluation.price: is for tasks over texts")
 
 
 def test_an_assistant_of_another_task_is_refused(tmp_path, monkeypatch):

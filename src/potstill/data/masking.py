@@ -64,9 +64,7 @@ def _draw(ids_N: Tensor, rule: MaskRule, special: Tensor, generator: torch.Gener
         return torch.zeros(0, dtype=torch.bool), ids_N
     chosen_N = torch.rand(count, generator=generator) < rule.masked
     fate_N = torch.rand(count, generator=generator)
-    tokens = torch.arange(rule.vocabulary)
-    tokens = tokens[~torch.isin(tokens, special)]
-    random_N = tokens[torch.randint(len(tokens), (count,), generator=generator)]
+    random_N = _ordinary(count, rule.vocabulary, special[special < rule.vocabulary], generator)
     one = torch.randint(count, (1,), generator=generator)
     if not chosen_N.any():
         chosen_N[one] = True
@@ -74,3 +72,14 @@ def _draw(ids_N: Tensor, rule: MaskRule, special: Tensor, generator: torch.Gener
     is_random_N = (fate_N >= rule.by_mask) & (fate_N < rule.by_mask + rule.by_random)
     hidden_N = torch.where(is_random_N, random_N, hidden_N)
     return chosen_N, torch.where(chosen_N, hidden_N, ids_N)
+
+
+def _ordinary(count: int, vocabulary: int, special: Tensor, generator: torch.Generator) -> Tensor:
+    """Random tokens, none of the special ones, which are ascending. int64 [count].
+
+    Drawn by their place among the others and moved up past the special ones below: no list of all tokens is made, which
+    for every row would take longer than all the rest.
+    """
+    places = torch.randint(vocabulary - len(special), (count,), generator=generator)
+    below = special - torch.arange(len(special))  # how many ordinary tokens come before each special one
+    return places + torch.searchsorted(below, places, right=True)

@@ -13,6 +13,7 @@ from enum import StrEnum
 from itertools import islice
 
 from potstill.data.clean import Cleaning, mend
+from potstill.data.labels import is_absent, label_name
 from potstill.data.load import identity, unique_name
 from potstill.data.records import Format, Part, read_parts
 from potstill.data.split import Split, split_named
@@ -200,7 +201,7 @@ def _check_pair(cell: object) -> str:
 
 
 def _check_label(cell: object, reader: _Reader) -> str | tuple[str, ...] | None:
-    if _is_absent(cell):
+    if is_absent(cell):
         return None
     if reader.role is Role.TOKEN_CLASSIFIER or reader.multi_label:
         names = [_name_of(part) or "" for part in _check_list(cell)]
@@ -217,23 +218,11 @@ def _check_list(cell: object) -> list[object]:
     return found
 
 
-def _is_absent(cell: object) -> bool:
-    return (
-        cell is None or (isinstance(cell, str) and not cell.strip()) or (isinstance(cell, float) and math.isnan(cell))
-    )
-
-
 def _name_of(cell: object) -> str | None:
-    """The name of a label; a whole number may come as a float, since tables with gaps have no whole ones."""
-    if _is_absent(cell):
-        return None
-    if isinstance(cell, bool):
-        return "true" if cell else "false"
-    if isinstance(cell, str):
-        return str(mend(cell.strip()))
-    if isinstance(cell, int) or (isinstance(cell, float) and cell.is_integer()):
-        return str(int(cell))
-    raise _UnusableError(TextReason.LABEL)
+    try:
+        return label_name(cell)
+    except TypeError:
+        raise _UnusableError(TextReason.LABEL) from None
 
 
 def _number_of(cell: object) -> str | None:
@@ -251,7 +240,7 @@ def _as_list(cell: object) -> list[object] | None:
 
 
 def _check_split(cell: object, column: str, place: str) -> Split | None:
-    if _is_absent(cell):
+    if is_absent(cell):
         return None
     found = split_named(cell) if isinstance(cell, str) else None
     if found is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -31,6 +31,8 @@ Overlong = Literal["truncate", "drop", "refuse"]
 Int64s = NDArray[np.int64]
 
 _TOKENISED_AT_ONCE = 1024
+_BLANK = "?"
+"""What stands for a word of which a tokenizer makes nothing."""
 _POOLED_BATCHES = 50
 """Batches whose rows are sorted by length together: many enough that they are of like length, few enough to mix."""
 
@@ -39,16 +41,18 @@ _POOLED_BATCHES = 50
 class _Row:
     """The tokens of a text, and its answers.
 
+    key      by which its answers are known: its own, or that of the text that it is a noisy copy of
     ids      int64 [T]
     types    int64 [T]; None where there is no second text
     places   int64: positions of the answers, 0 for that about a whole text
-    words    int64: the numbers of the words that these are about; those of the others were cut off, or have no token
+    words    int64: the numbers of the words that these are about, 0, 1, ...; those of the others were cut off
     targets  int64: the classes there, or IGNORE
     labels   int64 [C], of several labels, or IGNORE; None where a text has one
     cut      whether tokens were cut off
     """
 
     text: LabelledText
+    key: bytes
     ids: Int64s
     types: Int64s | None
     places: Int64s
@@ -85,7 +89,8 @@ class TextRows:
         """Tokenise all texts, which may have `length` tokens at most, special ones included.
 
         A longer one is cut, dropped or refused, as `overlong` says; of a pair the longer part is cut. What only looks
-        like a special token is text. Without `labels` nothing is labelled.
+        like a special token is text. A word of which the tokenizer makes nothing is read as "?", so that every word has
+        its answer. Without `labels` nothing is labelled.
 
         Raises:
             DataError: a text is longer and `overlong` is "refuse"; a label is none of `labels`; there are words, and
@@ -131,7 +136,7 @@ class TextRows:
 
     @property
     def lost_words(self) -> int:
-        """Words about which nothing is asked, since they were cut off or have no token."""
+        """Words about which nothing is asked, since they were cut off."""
         return sum(len(row.text.text) - len(row.words) for row in self._rows if isinstance(row.text.text, tuple))
 
     def __len__(self) -> int:
@@ -174,28 +179,31 @@ class TextRows:
             taught_BT=torch.from_numpy(taught),
             types_BT=torch.from_numpy(types) if any(row.types is not None for row in rows) else None,
             labels_BC=torch.from_numpy(np.stack(labels)) if labels else None,
-            keys=tuple(row.text.origin or row.text.key for row in rows),
+            keys=tuple(row.key for row in rows),
         )
 
 
 def bucketed_order(lengths: Int64s, *, batch_rows: int, seed: int) -> Callable[[int], Tensor]:
-    """For every epoch an order of the rows in which `batch_rows` successive ones are of like length. int64 [rows].
+    """For every epoch an order of the rows in which those of one batch are of like length. int64 [rows].
 
-    Rows are shuffled, sorted by length within pools of 50 batches, and the batches shuffled; rows that fill no batch
-    come last. Every row stands there once, and the order is a function of lengths, seed and epoch only.
+    Rows are shuffled, sorted by length within pools of 50 batches, and the batches shuffled. Those that fill no batch
+    come first and last, so many first as the batch lacks that the epoch before has begun: `batch_rows` successive rows
+    of the whole training, from its first on, are a batch. Every row stands there once, and the order is a function of
+    lengths, seed and epoch only.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
-    whole = len(sizes) - len(sizes) % batch_rows
     pool = _POOLED_BATCHES * batch_rows
 
     def order(epoch: int) -> Tensor:
         random = np.random.default_rng([seed, epoch])
         shuffled = random.permutation(len(sizes))
-        pools = [shuffled[start : min(start + pool, whole)] for start in range(0, whole, pool)]
+        first = min(-epoch * len(sizes) % batch_rows, len(sizes))
+        stop = first + (len(sizes) - first) // batch_rows * batch_rows
+        pools = [shuffled[start : min(start + pool, stop)] for start in range(first, stop, pool)]
         near = [rows[np.argsort(sizes[rows], kind="stable")] for rows in pools]
         batches = np.concatenate([*near, shuffled[:0]]).reshape(-1, batch_rows)
         mixed = batches[random.permutation(len(batches))].reshape(-1)
-        return torch.from_numpy(np.concatenate([mixed, shuffled[whole:]]))
+        return torch.from_numpy(np.concatenate([shuffled[:first], mixed, shuffled[stop:]]))
 
     return order
 
@@ -214,7 +222,8 @@ def _read(texts: Sequence[LabelledText], reading: _Reading, length: int | None) 
                 places, words = _places(encoded, number, text)
                 targets, labels = _answers(text, words, reading)
                 ids = _int64s(encoded["input_ids"][number])
-                yield _Row(text, ids, None if types is None else _int64s(types), places, words, targets, labels)
+                second = None if types is None else _int64s(types)
+                yield _Row(text, text.origin or text.key, ids, second, places, words, targets, labels)
 
 
 def _tokenise(texts: Sequence[LabelledText], reading: _Reading, length: int | None, *, paired: bool) -> Any:
@@ -224,10 +233,8 @@ def _tokenise(texts: Sequence[LabelledText], reading: _Reading, length: int | No
             f"data.text: the tokenizer {reading.tokenizer.name_or_path} cannot tell which token is of which word. "
             "Use a model that ships tokenizer.json."
         )
-    # Where spaces belong to tokens, a word without its space would be another word to the model.
-    space = " " if getattr(reading.tokenizer, "add_prefix_space", None) is False else ""
     return reading.tokenizer(
-        [[*text.text[:1], *(space + word for word in text.text[1:])] if in_words else text.text for text in texts],
+        _spelled([text.text for text in texts], reading.tokenizer) if in_words else [text.text for text in texts],
         text_pair=[text.pair for text in texts] if paired else None,
         is_split_into_words=in_words,
         split_special_tokens=True,
@@ -236,6 +243,20 @@ def _tokenise(texts: Sequence[LabelledText], reading: _Reading, length: int | No
         return_attention_mask=False,
         verbose=False,
     )
+
+
+def _spelled(texts: Sequence[str | Sequence[str]], tokenizer: Any) -> list[list[str]]:
+    """Words as the tokenizer is to read them, so that every one has a token.
+
+    Of white space, or of an invisible character, one tokenizer makes a token and another does not: answers are known by
+    their number in a text, and all after that word would be taken for those to its neighbours.
+    """
+    distinct = list(dict.fromkeys(chain.from_iterable(texts)))
+    ids = tokenizer(distinct, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    spelling = {word: word if found else _BLANK for word, found in zip(distinct, ids, strict=True)}
+    # Where spaces belong to tokens, a word without its space would be another word to the model.
+    space = " " if getattr(tokenizer, "add_prefix_space", None) is False else ""
+    return [[space * (place > 0) + spelling[word] for place, word in enumerate(words)] for words in texts]
 
 
 def _places(encoded: Any, number: int, text: LabelledText) -> tuple[Int64s, Int64s]:

@@ -104,6 +104,8 @@ class EncoderEngine:
         self.model, self.tokenizer, self.role = model.eval().requires_grad_(False), tokenizer, role
         self.offers = _OFFERS[role]
         self._pooling, self._normalise = pooling, normalise
+        # Once: a tokenizer takes longer to list its tokens than a small model to read a batch.
+        self._vocabulary = _size_of_answer(model, tokenizer, role)
 
     @property
     def models(self) -> tuple[Any, ...]:
@@ -118,12 +120,7 @@ class EncoderEngine:
     @property
     def vocabulary(self) -> int:
         """Tokens that the head has a row for, classes, or components of a sentence encoder's vector."""
-        if self.role is Role.MASKED:
-            named = 1 + max(self.tokenizer.get_vocab().values())  # its length is less where numbers are left out
-            return min(int(named), masked_head(self.model).vocabulary)
-        config = self.model.config
-        size: int = config.get_text_config().hidden_size if self.role is Role.ENCODER else config.num_labels
-        return size
+        return self._vocabulary
 
     @torch.inference_mode()
     def read(self, batch: Batch, wants: Wants) -> Signal:
@@ -137,6 +134,14 @@ class EncoderEngine:
         taught_N = batch.taught_N
         rows_ND = view.final_ND if taught_N is None else view.final_ND[taught_N]
         return Logits(rows_ND) if view.head is None else States(rows_ND, view.head.sliced(self.vocabulary))
+
+
+def _size_of_answer(model: Any, tokenizer: Any, role: Role) -> int:
+    if role is Role.MASKED:
+        named = 1 + max(tokenizer.get_vocab().values())  # its length is less where numbers are left out
+        return min(int(named), masked_head(model).vocabulary)
+    size: int = model.config.get_text_config().hidden_size if role is Role.ENCODER else model.config.num_labels
+    return size
 
 
 class TrainableEncoder(nn.Module):

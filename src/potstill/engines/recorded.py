@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from potstill.data.labels import is_absent, label_name
 from potstill.data.load import identity
 from potstill.data.records import read_records
 from potstill.data.texts import content_key
@@ -97,8 +98,9 @@ def read_recorded(
     """The answers in a file (.jsonl, .parquet, .csv), in any order, as a teacher.
 
     The column `probabilities` holds {label: p}, what is not listed being 0, or a list in the order of `labels`; the
-    column `label` a label, or a list of them with `multi_label`. In a .csv file both may be JSON. A row without an
-    answer is passed over. `match` says what a row is known by: the columns `text` and `pair`, or `id`.
+    column `label` a label, named as the data's are, or a list of them with `multi_label`. In a .csv file both may be
+    JSON. A row without an answer is passed over. `match` says what a row is known by: the columns `text` and `pair`, or
+    `id`.
 
     Raises:
         DataError: the file cannot be read or has no answers; probabilities that are negative, above 1, or do not sum to
@@ -154,7 +156,7 @@ def _name(
 def _answer(cell: object, column: _Column, place: str) -> list[float] | None:
     """The probability of every label; None where nothing was answered."""
     said = cell if cell in column.labels else _parsed(cell)
-    if said is None or said == "":
+    if is_absent(said):
         return None
     if column.certain:
         return _certain(said if isinstance(said, list) else [said], column, place)
@@ -185,12 +187,15 @@ def _parsed(cell: object) -> object:
 
 
 def _certain(said: list[object], column: _Column, place: str) -> list[float]:
-    if any(not isinstance(name, str | int) for name in said) or (len(said) != 1 and not column.multi_label):
+    try:
+        names = [name for name in map(label_name, said) if name is not None]
+    except TypeError:
+        names = []
+    if len(names) < len(said) or (len(said) != 1 and not column.multi_label):
         raise DataError(
             f"{place}: {column.name} is not {'a list of labels' if column.multi_label else 'one label'} (text, a whole "
             "number, true or false). Mend the row."
         )
-    names = [str(name).lower() if isinstance(name, bool) else str(name) for name in said]
     _check_known(names, column, place)
     return [float(label in names) for label in column.labels]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -79,22 +79,29 @@ class _Model:
         return sum(map(count_parameters, models_of(self.engine)))
 
     def scores(self, texts: Sequence[LabelledText], meter: Meter | None = None) -> NDArray[np.float32]:
-        """Scores of classes or vectors, one row an answer, in the order of the texts; NaN for words that were cut."""
+        """Scores of classes or vectors, one row an answer, in the order of the texts; NaN for words not read."""
         found: list[NDArray[np.float32]] = [np.empty((0, 0), np.float32)] * len(texts)
-        for numbers, answers in read_answers(self.engine, self.task, texts):
+        for numbers, answers in read_answers(self.engine, self.task, texts, whole=True):
             for number, answer_NC in zip(numbers, answers, strict=True):
-                words = texts[number].text
-                lost = len(words) - len(answer_NC) if isinstance(words, tuple) else 0
-                found[number] = np.pad(answer_NC, ((0, lost), (0, 0)), constant_values=np.nan)
+                found[number] = answer_NC
             if meter:
                 meter.advance(len(numbers))
         return np.concatenate(found)
 
+    def cut(self, texts: Sequence[LabelledText]) -> int:
+        """How many of these texts are longer than it reads, by the tokenizer that cuts most of them."""
+        uncut = replace(self.task, overlong="truncate")
+        return max(uncut.tokenise(texts, member.tokenizer).overlong_count for member in self._members)
+
+    @property
+    def _members(self) -> Sequence[Any]:
+        members: Sequence[Any] = getattr(self.engine, "members", (self.engine,))
+        return members
+
     @property
     def query(self) -> Callable[[Sequence[str]], object]:
         """From raw texts to answers, as with transformers alone: tokenise, pad, run."""
-        members = self.engine.members if hasattr(self.engine, "members") else (self.engine,)
-        return lambda texts: [_run(member, texts, self.task.length) for member in members]
+        return lambda texts: [_run(member, texts, self.task.length) for member in self._members]
 
 
 @torch.inference_mode()
@@ -126,6 +133,10 @@ class _Static:
             meter.advance(len(texts))
         return found
 
+    def cut(self, texts: Sequence[LabelledText]) -> int:  # noqa: ARG002
+        """None: it reads texts whole, however long."""
+        return 0
+
     @property
     def query(self) -> Callable[[Sequence[str]], object]:
         """From raw texts to scores."""
@@ -141,6 +152,10 @@ class _Recorded:
     parameters: int = 0
     places: Sequence[str] = ()
     query: None = None
+
+    def cut(self, texts: Sequence[LabelledText]) -> int:  # noqa: ARG002
+        """None that is known of."""
+        return 0
 
     def scores(self, texts: Sequence[LabelledText], meter: Meter | None = None) -> NDArray[np.float32]:
         """Log-probabilities of classes, one row an answer."""

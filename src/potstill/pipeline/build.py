@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from potstill.data import LabelledText, Split
 from potstill.engines import (
     EnsembleEngine,
     MixtureEngine,
@@ -65,6 +66,7 @@ __all__ = [
     "build_stand_in",
     "build_teacher",
     "build_trainable",
+    "check_recorded",
     "check_sources",
     "compile_blocks",
     "count_steps",
@@ -120,6 +122,19 @@ def open_recorded(teacher: RecordedTeacher, cast: Cast) -> RecordedReader:
         labels=cast.labels,
         multi_label=cast.multi_label,
     )
+
+
+def check_recorded(recipe: Recipe, cast: Cast, texts: Mapping[Split, Sequence[LabelledText]]) -> None:
+    """Raises DataError for texts of which no answer was recorded, before hours of training end at the first of them.
+
+    `texts` are those of each split. Says nothing of a recipe whose teacher is a model.
+    """
+    if not isinstance(recipe.teacher, RecordedTeacher):
+        return
+    # Of the test texts only some are asked about where the evaluation is limited.
+    asked = [split for split in texts if split != "test" or recipe.evaluation.max_documents is None]
+    named = [text for split in asked for text in texts[split] if text.origin is None]
+    open_recorded(recipe.teacher, cast).rows_of([text.id for text in named], [text.key for text in named])
 
 
 def teachers_of(recipe: Recipe) -> Mapping[str, Member]:
@@ -234,6 +249,8 @@ def build_stand_in(recipe: Recipe, teacher: Any) -> Any:
 def build_trainable(recipe: Recipe, student: Any, training: Training | None = None) -> nn.Module:
     """The student in training mode, as the recipe (or another training of it) wants it trained."""
     settings = training or recipe.training
+    if settings.freeze_embeddings:
+        student.get_input_embeddings().requires_grad_(False)
     if settings.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     return cast_of(recipe).trainable(student.train(), settings.precision)

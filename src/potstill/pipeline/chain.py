@@ -13,7 +13,7 @@ from pathlib import Path
 from potstill.errors import Interrupted, PotstillError, RecipeError
 from potstill.pipeline.places import STUDENT
 from potstill.recipes import Recipe, load_recipe
-from potstill.recipes.schema import FinetuneTeacher, LocalTeacher, PretrainedStudent, Report, RunTeacher
+from potstill.recipes.schema import FinetuneTeacher, LocalTeacher, PretrainedStudent, Report, RunTeacher, TextTask
 
 __all__ = ["PhaseStudent", "before", "blaming", "load_chain", "phases_of", "settle", "settle_teacher", "student_folder"]
 
@@ -73,6 +73,9 @@ def phases_of(recipe: Recipe) -> tuple[Recipe, ...]:
     found: list[Recipe] = []
     for phase in recipe.phases:
         given = {key: value for key in PHASE_KEYS if (value := getattr(phase, key)) is not None}
+        if phase.evaluation is None and not isinstance(phase.task or recipe.task, TextTask):
+            # Queries have a price where the recipe's own task has queries.
+            given["evaluation"] = recipe.evaluation.model_copy(update={"price": None})
         folder = recipe.folder / "phases" / phase.name
         same = {
             "name": f"{recipe.name}-{phase.name}",

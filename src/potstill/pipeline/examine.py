@@ -61,8 +61,12 @@ class Answerer(Protocol):
     def scores(self, texts: Sequence[LabelledText], meter: Meter | None = None) -> NDArray[np.float32]:
         """Finite logits [N, C] or vectors [N, D] of N texts; where words have labels, a row a word, in text order.
 
-        A word that is beyond what the arm reads has a row of NaN. The meter is advanced by every text.
+        A word that the arm does not read has a row of NaN. The meter is advanced by every text.
         """
+        ...
+
+    def cut(self, texts: Sequence[LabelledText]) -> int:
+        """How many of these texts are longer than the arm reads."""
         ...
 
 
@@ -72,12 +76,13 @@ Answerers = Callable[[str], AbstractContextManager[Answerer]]
 
 @dataclass(frozen=True, slots=True)
 class _Heard:
-    """What one arm said, what it takes up, and whether it can be timed."""
+    """What one arm said, what it takes up, whether it can be timed; how many test texts are longer than it reads."""
 
     said: Said
     costs: Sequence[Measurement]
     parameters: int
     timed: bool
+    cut: int
 
 
 def evaluate_texts(recipe: Recipe, stage: Stage, prepared: Path, *, answerers: Answerers, arms: Sequence[str]) -> None:
@@ -98,7 +103,8 @@ def evaluate_texts(recipe: Recipe, stage: Stage, prepared: Path, *, answerers: A
     files = {"measurements": rows, "calibration": {}, **found.files, "samples": _samples(recipe, questions, found)}
     for name, content in files.items():
         write_json_atomic(stage.folder / f"{name}.json", content)
-    stage.finish(rows=len(questions.test), documents=len(questions.test), notes=[*notes, *found.notes, *more])
+    notes = [*notes, *_cut_notes(recipe, questions, heard), *found.notes, *more]
+    stage.finish(rows=len(questions.test), documents=len(questions.test), notes=notes)
 
 
 def _ask_what(recipe: Recipe, prepared: Path) -> tuple[Questions, list[str]]:
@@ -139,13 +145,26 @@ def _hear(
         test = arm.scores(_asked(recipe, questions), meter)
         validation = arm.scores(questions.validation, meter) if questions.validation else test[:0]
         name, parameters, query = arm.name, arm.parameters, arm.query
-        costs = measure_sizes(name, parameters, arm.places) if query else []
+        costs, cut = measure_sizes(name, parameters, arm.places) if query else [], arm.cut(questions.test)
         if query and recipe.evaluation.speed:
             peak = _work(stage, query, questions, device)
         timed = query is not None
         del arm, query  # the last references: the next arm must not find it in memory
     release_memory()
-    return _Heard(Said(test, validation), [*costs, *measure_peak(name, peak, device)], parameters, timed)
+    return _Heard(Said(test, validation), [*costs, *measure_peak(name, peak, device)], parameters, timed, cut)
+
+
+def _cut_notes(recipe: Recipe, questions: Questions, heard: Mapping[str, _Heard]) -> list[str]:
+    """Of how many test texts arms heard the beginning only: `task.overlong` is for those to learn from."""
+    arms = {
+        count: [arm for arm, one in heard.items() if one.cut == count] for count in {one.cut for one in heard.values()}
+    }
+    return [
+        f"{count:,} of {len(questions.test):,} test texts have more than {recipe.data.sequence_length:,} tokens: "
+        f"{', '.join(names)} answered by their beginnings"
+        for count, names in sorted(arms.items())
+        if count
+    ]
 
 
 def _work(stage: Stage, query: Callable[[Sequence[str]], object], questions: Questions, device: torch.device) -> int:
@@ -167,6 +186,11 @@ def _time_arms(
     arms = [arm for arm, one in heard.items() if one.timed]
     notes = [f"{arm} has no speed: its answers were recorded" for arm in heard if arm not in arms]
     together = sum(heard[arm].parameters for arm in arms) <= SIDE_BY_SIDE
+    if "teacher" in arms and recipe.teacher.dtype != recipe.training.precision:
+        notes.append(
+            f"the teacher answered in {recipe.teacher.dtype} and its students in {recipe.training.precision}, as they "
+            "were trained: a part of what their speeds differ by may be that"
+        )
     if not together:
         notes.append("the arms were timed one after another: together they would not fit into 2 GB")
     order = np.random.default_rng(recipe.seed).permutation(len(questions.test))[:TIMED_TEXTS]

@@ -10,6 +10,7 @@ from potstill.pipeline.places import identify
 from potstill.recipes import Recipe, fingerprint
 from potstill.recipes.losses import SoftTerm
 from potstill.recipes.schema import (
+    Embedding,
     FinetuneTeacher,
     LanguageModel,
     MixtureTeacher,
@@ -70,12 +71,17 @@ def stage_fingerprints(recipe: Recipe) -> dict[str, str]:
 
 
 def _identify_data(recipe: Recipe, tokenizer: object) -> list[object]:
-    """What decides the rows: tokens of packed ones; of texts, what the task makes of their labels."""
+    """What decides the rows: tokens of packed ones; of texts, what the task makes of their labels.
+
+    Where the recipe lists no classes, they are those of a ready teacher: another one may have others.
+    """
     if not recipe.over_texts:
         task = [] if isinstance(recipe.task, LanguageModel) else [recipe.task.kind]
         return [[recipe.data, identify(recipe.data.source), tokenizer, recipe.seed], *task]
     more = recipe.data.unlabelled and identify(recipe.data.unlabelled)
-    return [[recipe.data, identify(recipe.data.source), more, recipe.seed], recipe.task]
+    listed = getattr(recipe.task, "labels", None) or isinstance(recipe.task, Embedding)
+    classes = [] if listed or isinstance(recipe.teacher, FinetuneTeacher | RecordedTeacher) else [tokenizer]
+    return [[recipe.data, identify(recipe.data.source), more, recipe.seed], recipe.task, *classes]
 
 
 def _identify_student(recipe: Recipe) -> list[object]:

@@ -95,9 +95,9 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
             inspect_recipe(phase)
     teachers, tokenizer = _blank_teachers(recipe)
     for teacher in teachers:
-        _check_length(recipe, teacher.config, "teacher")
+        _check_length(recipe, teacher, "teacher")
     student = _blank_student(recipe, teachers[0] if teachers else None)
-    _check_length(recipe, student.config, "student")
+    _check_length(recipe, student, "student")
     student_tokenizer = _student_tokenizer(recipe, tokenizer)
     if recipe.over_texts:
         return _inspect_texts(
@@ -210,15 +210,15 @@ def _blank_teachers(recipe: Recipe) -> tuple[tuple[Any, ...], Any]:
     if not recipe.over_texts:
         for key in others:
             shared_vocabulary(tokenizers[first], tokenizers[key], key)
-        _check_writing(recipe, [model.config for model in models])
+        _check_writing(recipe, models)
     return models, tokenizers[first]
 
 
-def _check_writing(recipe: Recipe, configs: Sequence[Any]) -> None:
+def _check_writing(recipe: Recipe, models: Sequence[Any]) -> None:
     """Refuse a member with fewer positions than samples may take: prompts are cut to the first member's."""
     settings = recipe.evaluation
     needed = max(recipe.data.sequence_length, settings.sample_tokens) + max(settings.sample_tokens, SPEED_TOKENS)
-    first, *others = [_longest(config) for config in configs]
+    first, *others = map(_longest, models)
     for number, longest in enumerate(others, start=1):
         if settings.sample_prompts and longest and longest < min(needed, first or needed):
             raise RecipeError(
@@ -248,8 +248,8 @@ def _student_tokenizer(recipe: Recipe, tokenizer: Any) -> Any:
     return load_tokenizer(resolve_model(recipe.student.model, "student.model"), "student.model")
 
 
-def _check_length(recipe: Recipe, config: Any, role: str) -> None:
-    longest = _longest(config)
+def _check_length(recipe: Recipe, model: Any, role: str) -> None:
+    longest = _longest(model)
     if longest and recipe.data.sequence_length > longest:
         raise RecipeError(
             f"data.sequence_length: {recipe.data.sequence_length} exceeds the {role}'s {longest} positions. "
@@ -257,7 +257,13 @@ def _check_length(recipe: Recipe, config: Any, role: str) -> None:
         )
 
 
-def _longest(config: Any) -> int | None:
+def _longest(model: Any) -> int | None:
     """Positions that a model was made for; None where it does not say."""
-    text = config.get_text_config()
-    return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    text = model.config.get_text_config()
+    longest: int | None = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    tables = [part for name, part in model.named_modules() if name.endswith("position_embeddings")]
+    # RoBERTa and its kin count positions on from the padding token's number: 514 of them hold 512 tokens.
+    unused = max(
+        (1 + padding for table in tables if (padding := getattr(table, "padding_idx", None)) is not None), default=0
+    )
+    return longest and longest - unused

@@ -206,7 +206,7 @@ def _time_rows(recipe: Recipe, found: Estimate, pace: Pace | None) -> Iterator[t
     if pace is None:
         more = "--measure turns them into minutes"
         if not isinstance(recipe.task, LanguageModel) or before(recipe):
-            more = "--measure is for language models without phases"
+            more = "--measure times language models without phases only"
         yield "time", f"{found.operations:.2g} operations; {more}", "estimated"
         return
     rows = found.steps * recipe.training.batch_rows

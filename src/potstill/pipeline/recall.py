@@ -97,8 +97,8 @@ def check_signals(recipe: Recipe) -> None:
             continue
         if not isinstance(term, SoftTerm):
             raise RecipeError(
-                f"losses[{index}].kind={term.kind} needs {BEHIND[term.needs]}, which signals.kind={signals.kind} does "
-                "not keep. Use signals.kind=online, or remove this loss."
+                f"losses[{index}].kind={term.kind} needs {BEHIND[str(term.needs)]}, which "
+                f"signals.kind={signals.kind} does not keep. Use signals.kind=online, or remove this loss."
             )
     soft = {index: term for index, term in terms.items() if isinstance(term, SoftTerm)}
     if isinstance(signals, HiddenSignals) and isinstance(recipe.teacher, MixtureTeacher):

@@ -128,6 +128,11 @@ def _on_texts(recipe: Recipe, facts: Facts) -> tuple[str, ...]:
     """What became of long texts, of those without a label, and of those that belong to no class."""
     task, prepared = recipe.task, facts["prepare"]
     notes = list(_on_length(recipe, facts)) if isinstance(task, TextTask) else []
+    notes += [
+        f"{stage}: {one['lost_words']:,} words were cut off or have no token: nothing was learned of them"
+        for stage, one in facts.items()
+        if one.get("lost_words")
+    ]
     labelled, texts = prepared.get("labelled", {}).get("train", 0), prepared["documents"].get("train", 0)
     if labelled < texts and prepared.get("labels"):
         notes.append(

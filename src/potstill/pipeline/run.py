@@ -142,11 +142,18 @@ class _Walk:
             _log.info("%s, in %s:", self.asked.name, self.folder)
 
     def check_data(self, due: set[str]) -> None:
-        """Look at the first documents where an assistant's run would come before they are read."""
-        if "prepare" in due and isinstance(self.asked.teacher, RunTeacher):
-            from potstill.pipeline.survey import survey_data
+        """Look at the first documents, or at all texts, where an assistant's run would come before they are read."""
+        if "prepare" not in due or not isinstance(self.asked.teacher, RunTeacher):
+            return
+        if self.asked.over_texts:
+            from potstill.pipeline.textplan import known_labels
+            from potstill.pipeline.texts import survey_texts
 
-            survey_data(self.asked, LOOKED_AT)
+            survey_texts(self.asked, labels=known_labels(self.asked))
+            return
+        from potstill.pipeline.survey import survey_data
+
+        survey_data(self.asked, LOOKED_AT)
 
     def inputs(self) -> Mapping[str, str]:
         """What tells the assistant's student from another one that the same recipe made."""

@@ -27,7 +27,7 @@ from potstill.pipeline.progress import Meter, metered
 from potstill.pipeline.prompts import dump_examples
 from potstill.pipeline.rundir import Stage
 from potstill.pipeline.survey import SPLITS, Placed, survey_data
-from potstill.pipeline.texts import prepare_texts
+from potstill.pipeline.texts import open_texts, prepare_texts
 from potstill.recipes import Recipe
 from potstill.recipes.schema import FreshStudent, MaskedLM, MixtureTeacher, PretrainedStudent, RecordedTeacher
 from potstill.signals import shared_vocabulary
@@ -97,6 +97,10 @@ def initialise(recipe: Recipe, stage: Stage, prepared: Path) -> None:
         # Here too: the recipe may weigh its teachers otherwise than when these were prepared.
         build.check_sources(recipe, set().union(*(PackedRows(prepared / split).sources() for split in SPLITS)))
     recorded = isinstance(recipe.teacher, RecordedTeacher)
+    if recorded:
+        build.check_recorded(
+            recipe, cast_of(recipe, prepared), {split: open_texts(prepared, split) for split in SPLITS}
+        )
     teacher = None if recorded else build.build_teacher(recipe, prepared)
     student, tokenizer, facts = _make_student(recipe, teacher, prepared)
     save_student(student, tokenizer, stage.folder / STUDENT)

@@ -60,6 +60,11 @@ def _teacher_problems(recipe: Recipe) -> Iterator[str]:
             f"teacher.kind: recorded answers are classes of texts, but task.kind={task.kind}. Use "
             "task.kind=classification, or another teacher."
         )
+    if isinstance(teacher, RecordedTeacher) and teacher.match == "id" and recipe.data.noise:
+        yield (
+            "teacher.match: id, but data.noise makes copies with ids of their own, of which nothing was recorded. Use "
+            "teacher.match=text, which gives a copy the answer to its text; or remove noise."
+        )
     if isinstance(teacher, MixtureTeacher) and not isinstance(task, LanguageModel | Classification):
         yield f"teacher.kind: mixture averages probabilities, which task.kind={task.kind} does not do. Use one model."
     if isinstance(teacher, MixtureTeacher) and recipe.over_texts and any(one.sources for one in teacher.members):
@@ -82,6 +87,10 @@ def _student_problems(recipe: Recipe) -> Iterator[str]:
             "static: embeddings are distilled from the teacher's encoder, but teacher.kind=recorded has none here. "
             "Remove static, or use another teacher."
         )
+    if recipe.static and recipe.static.training.freeze_embeddings:
+        yield "static.training.freeze_embeddings: embeddings are nearly all that learns there. Leave it out."
+    if recipe.static and recipe.data.text_pair:
+        yield "static: reads one text, but data.text_pair names a second one. Remove static."
     if recipe.phases:
         return  # the first of them makes the student, and is looked at by itself
     if isinstance(recipe.teacher, RecordedTeacher) and not isinstance(student, PretrainedStudent):
@@ -96,9 +105,6 @@ def _student_problems(recipe: Recipe) -> Iterator[str]:
         )
     if isinstance(student, LayersStudent) and student.architecture == "distilbert" and isinstance(task, LanguageModel):
         yield "student.architecture: distilbert is an encoder, but task.kind=language_model. Leave it out."
-
-    if recipe.static and recipe.data.text_pair:
-        yield "static: reads one text, but data.text_pair names a second one. Remove static."
 
 
 def _signal_problems(recipe: Recipe) -> Iterator[str]:

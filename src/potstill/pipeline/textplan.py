@@ -6,17 +6,19 @@ Refuses to promise: what is estimated says so.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from potstill.data import LabelledText
 from potstill.errors import RecipeError
 from potstill.pipeline import build
 from potstill.pipeline.cast import Cast, cast_of
+from potstill.pipeline.chain import blaming, load_chain
 from potstill.pipeline.inspection import Inspection
 from potstill.pipeline.texts import TextSurvey, survey_texts
 from potstill.recipes import Recipe
 from potstill.recipes.schema import Classification, FinetuneTeacher, StoredSignals
 
-__all__ = ["text_rows"]
+__all__ = ["known_labels", "text_rows"]
 
 TRAINED_BYTES = 16
 """Weight, gradient and two moments in float32, a weight."""
@@ -31,8 +33,10 @@ def text_rows(recipe: Recipe, found: Inspection, *, measure: bool) -> Iterator[t
             f"--measure: times packed rows, which task.kind={recipe.task.kind} has none of. Leave it out; a run with "
             "--set training.steps=10 shows the pace."
         )
-    survey = survey_texts(recipe, labels=build.ready_labels(recipe))
+    survey = survey_texts(recipe, labels=known_labels(recipe))
     cast = cast_of(recipe)
+    if survey.labels:
+        build.check_recorded(recipe, replace(cast, labels=survey.labels.names), survey.texts)
     if found.teachers:
         share = found.student_parameters / found.teacher_parameters
         how = "fine-tuned first" if isinstance(recipe.teacher, FinetuneTeacher) else recipe.teacher.dtype
@@ -60,6 +64,18 @@ def text_rows(recipe: Recipe, found: Inspection, *, measure: bool) -> Iterator[t
     trained = max(found.student_parameters, found.teacher_parameters)
     yield "memory", f"{(TRAINED_BYTES * trained + 1e9) / 1e9:.1f} GB", "estimated"
     yield "money", "0: every model runs here", "recipe"
+
+
+def known_labels(recipe: Recipe) -> tuple[str, ...] | None:
+    """The classes that a ready teacher names, or that an assistant will be trained on; None of any other.
+
+    Raises what is wrong with the assistant's data.
+    """
+    for assistant in load_chain(recipe)[:1]:
+        with blaming(assistant):
+            found = survey_texts(assistant, labels=known_labels(assistant)).labels
+        return found.names if found else None
+    return build.ready_labels(recipe)
 
 
 def _label_rows(recipe: Recipe, survey: TextSurvey) -> Iterator[tuple[str, str, str]]:

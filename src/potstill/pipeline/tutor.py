@@ -16,7 +16,7 @@ from potstill.errors import DataError
 from potstill.pipeline import build
 from potstill.pipeline.cast import Cast, cast_of
 from potstill.pipeline.course import Course, begin, take
-from potstill.pipeline.disk import read_json, sync_tree, write_json_atomic
+from potstill.pipeline.disk import hash_file, read_json, sync_tree, write_json_atomic
 from potstill.pipeline.objective import Answers, build_objective
 from potstill.pipeline.places import resolve_model
 from potstill.pipeline.rows import TaskRows, held_out_batches, open_rows
@@ -35,7 +35,7 @@ TEACHER = "teacher"
 """Folder name of the trained model within the stage, and of the folder of such models beside the runs."""
 
 FACTS = "facts.json"
-"""What is to be told of a kept teacher, and the sizes of its files."""
+"""What is to be told of a kept teacher, and the hashes of its files."""
 
 
 def finetune(recipe: Recipe, stage: Stage, prepared: Path, *, fingerprint: str, stopping: Stopping) -> None:
@@ -145,7 +145,7 @@ def _keep(folder: Path, kept: Path, facts: dict[str, Any]) -> None:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     _link(folder, part)
-    write_json_atomic(part / FACTS, {"facts": facts, "bytes": _sizes(part)})
+    write_json_atomic(part / FACTS, {"facts": facts, "files": _hashes(part)})
     sync_tree(part)
     if _facts_of(kept) is None:
         shutil.rmtree(kept, ignore_errors=True)  # what lost a file would be in the way for ever
@@ -158,16 +158,16 @@ def _keep(folder: Path, kept: Path, facts: dict[str, Any]) -> None:
 
 
 def _facts_of(kept: Path) -> dict[str, Any] | None:
-    """What is to be told of the teacher that is kept there; None where none is, or not all of it."""
+    """What is to be told of the teacher that is kept there; None where none is, or not all of it, as it was."""
     match read_json(kept / FACTS) if (kept / FACTS).is_file() else None:
-        case {"facts": dict(facts), "bytes": dict(sizes)} if sizes == _sizes(kept):
+        case {"facts": dict(facts), "files": dict(hashes)} if hashes == _hashes(kept):
             return facts
     return None
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of the model's files and of its log."""
-    return {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)}
+def _hashes(folder: Path) -> dict[str, str]:
+    """Of the model's files and of its log: they are linked into runs, where a change would be one of all of them."""
+    return {str(path.relative_to(folder)): hash_file(path) for path in _files(folder)}
 
 
 def _files(folder: Path) -> list[Path]:

@@ -108,6 +108,9 @@ class Training(Part):
     """Largest global gradient norm; null switches clipping off."""
     precision: Precision = "bf16"
     """bf16: autocast over fp32 master weights. fp32: everything in fp32."""
+    freeze_embeddings: bool = False
+    """Leave the token embeddings (and a head that is tied to them) as they begin: of a short batch's step they take
+    a large part."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: slower, less memory."""
     compile: bool | Literal["auto"] = "auto"
