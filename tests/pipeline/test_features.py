@@ -133,6 +133,21 @@ def test_each_text_is_asked_once_and_read_back_in_any_batch(tmp_path):
         )
 
 
+def test_where_only_vectors_of_texts_are_compared_one_position_a_text_is_kept(tmp_path):
+    config = SimpleNamespace(num_hidden_layers=3, hidden_size=8, num_attention_heads=2)
+    config.get_text_config = lambda: config
+    features = features_of(config, Wants(pooled=True))
+    store = open_store(tmp_path / "store", Stamp("t", "v", "s"), 2 * features.numbers)
+    rows, speaker = _Rows([3, 7, 7, 2, 5]), _Speaker(features)
+    meter = SimpleNamespace(advance=lambda _: None)
+    capture_features(features, store, speaker, rows, salt=b"x", batch_tokens=14, meter=meter, stopping=Stopping())
+    assert store.num_records == 5
+    reader = FeatureReader(SimpleNamespace(read=lambda *_: Signal()), store, features, salt=b"x", pools=True)
+    batch = rows.batch([4, 0, 2])
+    said, own = reader.read(batch, Wants(pooled=True)), speaker.read(batch, features.wants)
+    assert_close(said.pooled_BD, own.hidden[3][:, 0])
+
+
 def test_the_key_is_in_the_recipe():
     recipe = load_recipe("intent-sample", ["signals.features=true"])
     assert recipe.signals.features

@@ -392,46 +392,50 @@ def kill_and_finish(processes: Any, recipe: Recipe, kills: int) -> int:
     return met
 
 
-def check_killed_runs_end_alike(processes: Any, task: Any, kills: int, stages: list[str], **keys: Any) -> None:
-    undisturbed, killed = task("undisturbed", "run_dir=" + keys["places"][0], **keys["recipe"]), None
-    killed = task("undisturbed", "run_dir=" + keys["places"][1], **keys["recipe"])
-    assert kill_and_finish(processes, undisturbed, 0) == 0
-    assert kill_and_finish(processes, killed, kills) > 0
-    for stage in stages:
-        place = Path(stage) / ("teacher" if stage == "finetune" else "student")
-        ours, theirs = killed.folder / place, undisturbed.folder / place
-        for file in theirs.glob("*.safetensors"):
-            assert (ours / file.name).read_bytes() == file.read_bytes(), place
-    assert (killed.folder / "evaluate" / "measurements.json").read_bytes() == (
-        undisturbed.folder / "evaluate" / "measurements.json"
-    ).read_bytes()
+@pytest.fixture
+def check_killed(encoder_processes, task, tmp_path):
+    """Runs a recipe twice, killed so many times and undisturbed: these stages' models, and all measurements, are alike.
+
+    In folders of their own, so that the second finds nothing of the first beside it.
+    """
+
+    def check(kills: int, stages: Sequence[str], **keys: Any) -> None:
+        whole, killed = (task("task", f"run_dir={tmp_path / name / 'run'}", **keys) for name in ("whole", "killed"))
+        assert kill_and_finish(encoder_processes, whole, 0) == 0
+        assert kill_and_finish(encoder_processes, killed, kills) > 0
+        files = [Path("evaluate", "measurements.json")]
+        for stage in stages:
+            folder = whole.folder / stage / ("teacher" if stage == "finetune" else "student")
+            files += [file.relative_to(whole.folder) for file in folder.glob("*.safetensors")]
+        assert len(files) > len(stages)
+        for file in files:
+            assert (killed.folder / file).read_bytes() == (whole.folder / file).read_bytes(), file
+
+    return check
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
-def test_killed_a_run_over_texts_ends_as_if_undisturbed(encoder_processes, task, make_encoder, brief, tmp_path, kills):
-    """In folders of their own, so that the second finds nothing of the first beside it."""
-    recipe = {
-        "teacher": finetuned(make_encoder("masked"), brief(24)),
-        "signals": {"kind": "dense"},
-        "static": {"dimensions": 8, "training": brief(24)},
-        "training": {"steps": 24},
-    }
-    places = [str(tmp_path / name / "run") for name in ("a", "b")]
-    stages = ["finetune", "train", "control", "static"]
-    check_killed_runs_end_alike(encoder_processes, task, kills, stages, recipe=recipe, places=places)
+def test_killed_a_run_over_texts_ends_as_if_undisturbed(check_killed, make_encoder, brief, kills):
+    check_killed(
+        kills,
+        ["finetune", "train", "control", "static"],
+        teacher=finetuned(make_encoder("masked"), brief(24)),
+        signals={"kind": "dense"},
+        static={"dimensions": 8, "training": brief(24)},
+        training={"steps": 24},
+    )
 
 
 @pytest.mark.slow
-def test_killed_a_masked_language_model_ends_as_if_undisturbed(encoder_processes, task, make_encoder, tmp_path):
-    losses = [{"kind": "forward_kl"}, {"kind": "cross_entropy"}, {"kind": "hidden_cosine"}]
-    recipe = {
-        "task": {"kind": "masked_lm"},
-        "teacher": local(make_encoder("masked")),
-        "losses": losses,
-        "training": {"steps": 60},
-    }
-    places = [str(tmp_path / name / "run") for name in ("a", "b")]
-    check_killed_runs_end_alike(encoder_processes, task, 6, ["train", "control"], recipe=recipe, places=places)
+def test_killed_a_masked_language_model_ends_as_if_undisturbed(check_killed, make_encoder):
+    check_killed(
+        6,
+        ["train", "control"],
+        task={"kind": "masked_lm"},
+        teacher=local(make_encoder("masked")),
+        losses=[{"kind": "forward_kl"}, {"kind": "cross_entropy"}, {"kind": "hidden_cosine"}],
+        training={"steps": 60},
+    )
 
 
 def test_masks_go_on_where_a_stopped_training_was(task, make_encoder, monkeypatch):

@@ -104,7 +104,7 @@ def test_all_that_must_stand_beside_the_numbers_does(tmp_path):
         "has no head for this task: one was fitted first in 1,234 steps",
         "7 texts removed: repeated",
         "train: 3 texts of more than 64 tokens were cut",
-        "train: 1,017 words were cut off or have no token",
+        "train: 1,017 words were cut off: nothing was learned of them",
         "60 of 100 training texts have no label",
         "texts labelled oos are no class",
         "the student began with a new head",

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from potstill.data import LabelledText
 from potstill.engines import RecordedReader, models_of, pick_device
+from potstill.errors import NonFiniteError
 from potstill.pipeline import build
 from potstill.pipeline.answers import read_answers
 from potstill.pipeline.cast import Cast, cast_of
@@ -79,11 +80,21 @@ class _Model:
         return sum(map(count_parameters, models_of(self.engine)))
 
     def scores(self, texts: Sequence[LabelledText], meter: Meter | None = None) -> NDArray[np.float32]:
-        """Scores of classes or vectors, one row an answer, in the order of the texts; NaN for words not read."""
+        """Scores of classes or vectors, one row an answer, in the order of the texts; NaN for words that were cut.
+
+        Raises NonFiniteError where the model itself says NaN of a word, which would pass for one that was cut.
+        """
         found: list[NDArray[np.float32]] = [np.empty((0, 0), np.float32)] * len(texts)
-        for numbers, answers in read_answers(self.engine, self.task, texts, whole=True):
+        for numbers, answers in read_answers(self.engine, self.task, texts):
             for number, answer_NC in zip(numbers, answers, strict=True):
-                found[number] = answer_NC
+                words = texts[number].text
+                lost = len(words) - len(answer_NC) if isinstance(words, tuple) else 0
+                if isinstance(words, tuple) and not np.isfinite(answer_NC).all():
+                    raise NonFiniteError(
+                        f"evaluation: the scores that {self.name} gives the words of {texts[number].id} are not "
+                        "finite. Look at this text, or read the model in fp32."
+                    )
+                found[number] = np.pad(answer_NC, ((0, lost), (0, 0)), constant_values=np.nan)
             if meter:
                 meter.advance(len(numbers))
         return np.concatenate(found)

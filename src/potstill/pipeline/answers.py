@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,17 +18,17 @@ import torch
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from potstill.data import LabelledText, TextRows
-from potstill.engines import EnsembleEngine, load_tokenizer
+from potstill.data import LabelledText
+from potstill.engines import EnsembleEngine
 from potstill.engines.local import load_config
-from potstill.errors import Interrupted, NonFiniteError, StoreError
+from potstill.errors import Interrupted, StoreError
 from potstill.pipeline import build
 from potstill.pipeline.cast import Cast, cast_of
 from potstill.pipeline.features import FeatureReader, Features, capture_features, features_of
 from potstill.pipeline.lessons import Inputs
 from potstill.pipeline.memory import release_memory
 from potstill.pipeline.objective import Answers, build_objective, wants_of
-from potstill.pipeline.places import STUDENT, resolve_model
+from potstill.pipeline.places import STUDENT
 from potstill.pipeline.progress import Meter, metered
 from potstill.pipeline.recall import FEATURES, PLAN, cache_folder, place_for, stamp_for
 from potstill.pipeline.rundir import RunDir, Stage
@@ -52,22 +52,9 @@ COMMITTED_TEXTS = 2048
 class AnswerReader:
     """What a store knows of texts, as a teacher: a `Reader` that runs no model."""
 
-    def __init__(
-        self,
-        store: Store,
-        encoding: Encoding,
-        salt: bytes,
-        *,
-        vectors: bool = False,
-        places: Mapping[bytes, NDArray[np.int64]] | None = None,
-    ) -> None:
-        """`salt` as when the answers were kept; `vectors` says that an answer is a vector, not scores of classes.
-
-        `places` has, of texts by key, which of the answers those are that a batch asks for, -1 for one that was not
-        given; of any other text they are the first ones.
-        """
+    def __init__(self, store: Store, encoding: Encoding, salt: bytes, *, vectors: bool = False) -> None:
+        """`salt` as when the answers were kept; `vectors` says that an answer is a vector, not scores of classes."""
         self._store, self._encoding, self._salt, self._vectors = store, encoding, salt, vectors
-        self._places = places or {}
 
     def read(self, batch: Batch, wants: Wants) -> Signal:
         """What the teacher answered, at the positions where it speaks, in batch order.
@@ -88,15 +75,12 @@ class AnswerReader:
         counts = batch.spoken_BT.sum(1).tolist()
         rows, start = [], 0
         for number, (count, there) in enumerate(zip(counts, found.counts, strict=True)):
-            places = self._places.get(batch.keys[number], np.arange(count))
-            answered = int(((places >= 0) & (places < there)).sum())
-            if answered < count:
+            if there < count:
                 raise StoreError(
-                    f"signals.store: the teacher answered {answered} of the {count} words of "
-                    f"{batch.examples[number][0]}: its tokenizer cuts the text earlier, or has no token for some. "
-                    "Raise data.sequence_length, or take such words out of the data."
+                    f"signals.store: the teacher answered {there} of the {count} words of {batch.examples[number][0]}: "
+                    "its tokenizer cuts the text earlier. Raise data.sequence_length."
                 )
-            rows.append(start + places)
+            rows.append(np.arange(start, start + count))
             start += int(there)
         said = self._encoding.unpack(found.records_NS[np.concatenate(rows)])
         if not isinstance(said, Logits):
@@ -111,13 +95,12 @@ def salted(key: bytes, salt: bytes) -> bytes:
 
 
 def read_answers(
-    teacher: Any, cast: Cast, texts: Sequence[LabelledText], *, batch_tokens: int = 4096, whole: bool = False
+    teacher: Any, cast: Cast, texts: Sequence[LabelledText], *, batch_tokens: int = 4096
 ) -> Iterator[tuple[list[int], list[NDArray[np.float32]]]]:
     """(numbers of some texts, their answers float32 [answers of the text, C]), the longest texts first.
 
-    An answer is a row of scores of classes, or a vector. Words that were cut off or have no token get none or, with
-    `whole`, a row of NaN. Texts too long for a model are cut, whatever the recipe says of the student's. Members
-    of an ensemble read with their own tokenizers. Raises NonFiniteError where, with `whole`, a model itself says NaN.
+    An answer is a row of scores of classes, or a vector. Texts too long for a model are cut, whatever the recipe says
+    of the student's. Members of an ensemble read with their own tokenizers.
     """
     members = teacher.members if isinstance(teacher, EnsembleEngine) else (teacher,)
     uncut = replace(cast, overlong="truncate")
@@ -128,26 +111,7 @@ def read_answers(
         said = teacher.read_many(batches, wants) if len(members) > 1 else teacher.read(batches[0], wants)
         rows = said.pooled_BD if cast.role is Role.ENCODER else said.logits.logits_NV
         counts = batches[0].spoken_BT.sum(1).tolist()
-        parts = [part.numpy() for part in rows.float().cpu().split(counts)]
-        yield numbers, _by_word(parts, numbers, tables[0]) if whole else parts
-
-
-def _by_word(
-    parts: Sequence[NDArray[np.float32]], numbers: Sequence[int], table: TextRows
-) -> list[NDArray[np.float32]]:
-    """Every answer at the place of its word; of texts without words as they are."""
-    found = []
-    for part_NC, number in zip(parts, numbers, strict=True):
-        text = table.texts[number]
-        if not isinstance(text.text, tuple):
-            found.append(part_NC)
-            continue
-        if not np.isfinite(part_NC).all():
-            raise NonFiniteError(f"the scores of the words of {text.id} are not finite. Read the model in fp32.")
-        placed_NC = np.full((len(text.text), part_NC.shape[1]), np.nan, np.float32)
-        placed_NC[table.words_of(number)] = part_NC
-        found.append(placed_NC)
-    return found
+        yield numbers, [part.numpy() for part in rows.float().cpu().split(counts)]
 
 
 def capture_answers(recipe: Recipe, stage: Stage, inputs: Inputs, stopping: Stopping) -> None:
@@ -174,45 +138,18 @@ def capture_answers(recipe: Recipe, stage: Stage, inputs: Inputs, stopping: Stop
     stage.finish(PLAN, *([FEATURES] if behind else []), **facts, **behind)
 
 
-def open_answers(recipe: Recipe, inputs: Inputs, tokenizer: Any = None) -> Reader:
-    """The stores that a finished capture filled, as a teacher. Raises StoreError where one is gone or of another.
-
-    `tokenizer` is that of the batches to come, None for the teacher's own.
-    """
+def open_answers(recipe: Recipe, inputs: Inputs) -> Reader:
+    """The stores that a finished capture filled, as a teacher. Raises StoreError where one is gone or of another."""
     captured = cast(Path, inputs.captured)
     facts: Any = RunDir(captured.parent).manifest(captured.name).facts
     store, spec = reopen_store(facts["store"], cache=cache_folder()), SignalSpec.from_json(facts["spec"])
     vectors, salt = Role(recipe.task.kind) is Role.ENCODER, bytes.fromhex(facts["salt"])
-    places = None if tokenizer is None else _places(recipe, inputs, tokenizer)
-    answers = AnswerReader(store, encoding_of(spec), salt, vectors=vectors, places=places)
+    answers = AnswerReader(store, encoding_of(spec), salt, vectors=vectors)
     features = _features(recipe, inputs) if "features" in facts else None
     if features is None:
         return answers
     behind = reopen_store(facts["features"], cache=cache_folder())
     return FeatureReader(answers, behind, features, salt=bytes.fromhex(facts["feature_salt"]), pools=not vectors)
-
-
-def _places(recipe: Recipe, inputs: Inputs, tokenizer: Any) -> dict[bytes, NDArray[np.int64]]:
-    """Of texts in which teacher and student do not read the same first words: where the student's stand among its own.
-
-    A word of which nothing is left for one tokenizer, of control characters for example, may have tokens for another.
-    """
-    cast = replace(cast_of(recipe, inputs.prepared), overlong="truncate")
-    if cast.role is not Role.TOKEN_CLASSIFIER:
-        return {}
-    key, first = next(iter(build.teachers_of(recipe).items()))
-    other = load_tokenizer(resolve_model(first.model, key), key)
-    found = {}
-    for split in SPLITS:
-        texts = open_texts(inputs.prepared, split)
-        mine, theirs = cast.tokenise(texts, tokenizer), cast.tokenise(texts, other)
-        for number, text in enumerate(texts):
-            asked, answered = mine.words_of(number), theirs.words_of(number)
-            if not np.array_equal(asked, answered[: len(asked)]):
-                there = np.searchsorted(answered, asked)
-                known = np.isin(asked, answered)
-                found[text.key] = np.where(known, there, -1)
-    return found
 
 
 def _features(recipe: Recipe, inputs: Inputs) -> Features | None:

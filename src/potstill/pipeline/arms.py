@@ -140,7 +140,7 @@ def lessons_for(
     asks, role = bool(objective.needs), cast_of(recipe, inputs.prepared)
     if inputs.captured and role.causal:
         return _stored_lessons(recipe, inputs, device, asks=asks)
-    teacher, models = open_teacher(recipe, inputs, tokenizer, eager=needs_eager(wants_of(objective)))
+    teacher, models = open_teacher(recipe, inputs, eager=needs_eager(wants_of(objective)))
     batches = held_out_batches(
         recipe,
         role,
@@ -154,14 +154,12 @@ def lessons_for(
     return Lessons(teacher if asks else None, None, held_out, models if asks else ())
 
 
-def open_teacher(
-    recipe: Recipe, inputs: Inputs, tokenizer: Any, *, eager: bool = False
-) -> tuple[Reader, tuple[Any, ...]]:
-    """Who speaks to a student with this tokenizer, and the models that this takes."""
+def open_teacher(recipe: Recipe, inputs: Inputs, *, eager: bool = False) -> tuple[Reader, tuple[Any, ...]]:
+    """Who speaks, and the models that this takes."""
     if isinstance(recipe.teacher, RecordedTeacher):
         return build.open_recorded(recipe.teacher, cast_of(recipe, inputs.prepared)), ()
     if inputs.captured:
-        return open_answers(recipe, inputs, tokenizer), ()
+        return open_answers(recipe, inputs), ()
     teacher = build.build_teacher(recipe, inputs.prepared, eager=eager)
     return teacher, models_of(teacher)
 

@@ -61,7 +61,7 @@ class Answerer(Protocol):
     def scores(self, texts: Sequence[LabelledText], meter: Meter | None = None) -> NDArray[np.float32]:
         """Finite logits [N, C] or vectors [N, D] of N texts; where words have labels, a row a word, in text order.
 
-        A word that the arm does not read has a row of NaN. The meter is advanced by every text.
+        A word that is beyond what the arm reads has a row of NaN. The meter is advanced by every text.
         """
         ...
 
@@ -103,8 +103,8 @@ def evaluate_texts(recipe: Recipe, stage: Stage, prepared: Path, *, answerers: A
     files = {"measurements": rows, "calibration": {}, **found.files, "samples": _samples(recipe, questions, found)}
     for name, content in files.items():
         write_json_atomic(stage.folder / f"{name}.json", content)
-    notes = [*notes, *_cut_notes(recipe, questions, heard), *found.notes, *more]
-    stage.finish(rows=len(questions.test), documents=len(questions.test), notes=notes)
+    told = [*notes, *_cut_notes(recipe, questions, heard), *found.notes, *more]
+    stage.finish(rows=len(questions.test), documents=len(questions.test), notes=[*told])
 
 
 def _ask_what(recipe: Recipe, prepared: Path) -> tuple[Questions, list[str]]:

@@ -34,6 +34,7 @@ class Features:
     """What is kept of a position, one after another: the hidden states of `layers`, q, k and v of `vectors`.
 
     width  of a hidden state; heads, key_heads, head_width  of the attention
+    first  whether the first position alone is kept, of which a text's vector is made
     """
 
     layers: tuple[int, ...]
@@ -42,6 +43,7 @@ class Features:
     heads: int
     key_heads: int
     head_width: int
+    first: bool = False
 
     @property
     def numbers(self) -> int:
@@ -92,9 +94,9 @@ def features_of(config: Any, wants: Wants) -> Features | None:
         return None
     heads = text.num_attention_heads
     own = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return Features(
-        layers, wants.vectors, text.hidden_size, heads, getattr(text, "num_key_value_heads", None) or heads, own
-    )
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    first = not wants.layers and not wants.vectors
+    return Features(layers, wants.vectors, text.hidden_size, heads, key_heads, own, first)
 
 
 def capture_features(
@@ -121,7 +123,7 @@ def capture_features(
             for batch in _batches(rows, absent, batch_tokens):
                 kept_BTX = features.join(teacher.read(batch, features.wants)).cpu().view(torch.int16)
                 for row, key in enumerate(_keys(batch, salt)):
-                    length = int((batch.segments_BT[row] > 0).sum())
+                    length = 1 if features.first else int((batch.segments_BT[row] > 0).sum())
                     writer.append(key, kept_BTX[row, :length].contiguous().numpy().view(np.uint8))
             writer.commit()
             meter.advance(len(window))
@@ -164,7 +166,10 @@ class FeatureReader:
         rows = torch.from_numpy(found.records_NS.copy()).view(torch.bfloat16)
         shape = (*batch.ids_BT.shape, self._features.numbers)
         whole_BTX = torch.zeros(shape, dtype=torch.bfloat16)
-        whole_BTX[batch.segments_BT.cpu() > 0] = rows
+        kept_BT = batch.segments_BT.cpu() > 0
+        if self._features.first:
+            kept_BT[:, 0], kept_BT[:, 1:] = True, False
+        whole_BTX[kept_BT] = rows
         return whole_BTX
 
 

@@ -129,7 +129,7 @@ def _on_texts(recipe: Recipe, facts: Facts) -> tuple[str, ...]:
     task, prepared = recipe.task, facts["prepare"]
     notes = list(_on_length(recipe, facts)) if isinstance(task, TextTask) else []
     notes += [
-        f"{stage}: {one['lost_words']:,} words were cut off or have no token: nothing was learned of them"
+        f"{stage}: {one['lost_words']:,} words were cut off: nothing was learned of them"
         for stage, one in facts.items()
         if one.get("lost_words")
     ]
