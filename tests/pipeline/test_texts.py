@@ -228,3 +228,28 @@ def test_damaged_labels_are_named(tmp_path, content):
     (tmp_path / "labels.json").write_text(content, encoding="utf-8")
     with pytest.raises(RunError, match=r"labels\.json"):
         open_labels(tmp_path)
+
+
+def test_for_vectors_each_text_of_a_pair_is_one_and_none_stands_in_a_test_pair(tmp_path):
+    rows = [
+        {"text": "a fox", "second": "an owl", "label": "1", "split": "train"},
+        {"text": "a hare", "second": "A  Toad", "label": "0", "split": "train"},
+        {"text": "a wren", "second": "a crow", "label": "0", "split": "validation"},
+        {"text": "a toad", "second": "a newt", "label": "1", "split": "test"},
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    changes = [
+        "task={kind: embedding}",
+        f"data={{source: {json.dumps(str(file))}, text_pair: second}}",
+        "teacher={kind: local, model: none}",
+        "losses=[{kind: vector_mse}]",
+        "signals={kind: online}",
+        "static=null",
+    ]
+    survey = survey_texts(load_recipe("intent-sample", changes))
+    assert [text.text for text in survey.texts["train"]] == ["a fox", "an owl", "a hare"]
+    assert [text.text for text in survey.texts["validation"]] == ["a wren", "a crow"]
+    assert survey.texts["test"][0].pair == "a newt"
+    assert len({text.id for text in survey.texts["train"]}) == 3
+    assert survey.changed["removed: text of a pair stands in a test pair"] == 1

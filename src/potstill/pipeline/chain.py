@@ -15,10 +15,23 @@ from potstill.pipeline.places import STUDENT
 from potstill.recipes import Recipe, load_recipe
 from potstill.recipes.schema import FinetuneTeacher, LocalTeacher, PretrainedStudent, Report, RunTeacher, TextTask
 
-__all__ = ["PhaseStudent", "before", "blaming", "load_chain", "phases_of", "settle", "settle_teacher", "student_folder"]
+__all__ = [
+    "PhaseStudent",
+    "before",
+    "blaming",
+    "load_chain",
+    "phases_of",
+    "runs_folder",
+    "settle",
+    "settle_teacher",
+    "student_folder",
+]
 
 PHASE_KEYS = ("task", "data", "teacher", "losses", "signals", "training", "control", "evaluation")
 """What a phase may say otherwise than its recipe."""
+
+PHASES = "phases"
+"""Folder of the phases' runs within a run."""
 
 
 class PhaseStudent(PretrainedStudent):
@@ -76,7 +89,7 @@ def phases_of(recipe: Recipe) -> tuple[Recipe, ...]:
         if phase.evaluation is None and not isinstance(phase.task or recipe.task, TextTask):
             # Queries have a price where the recipe's own task has queries.
             given["evaluation"] = recipe.evaluation.model_copy(update={"price": None})
-        folder = recipe.folder / "phases" / phase.name
+        folder = recipe.folder / PHASES / phase.name
         same = {
             "name": f"{recipe.name}-{phase.name}",
             "run_dir": folder,
@@ -88,6 +101,12 @@ def phases_of(recipe: Recipe) -> tuple[Recipe, ...]:
             same["student"] = _left_by(found[-1])
         found.append(recipe.model_copy(update={**given, **same}))
     return tuple(found)
+
+
+def runs_folder(recipe: Recipe) -> Path:
+    """Where the run lies with others, and what they share: of a phase, where its whole recipe's run lies."""
+    folder = recipe.folder.absolute()
+    return folder.parents[2] if folder.parent.name == PHASES else folder.parent
 
 
 def before(recipe: Recipe) -> tuple[Recipe, ...]:

@@ -5,7 +5,7 @@ Importing this module is cheap. Refuses to open a model or a data file: they cou
 
 from __future__ import annotations
 
-from potstill.pipeline.chain import before, load_chain
+from potstill.pipeline.chain import before, load_chain, phases_of
 from potstill.pipeline.places import identify
 from potstill.recipes import Recipe, fingerprint
 from potstill.recipes.losses import SoftTerm
@@ -66,7 +66,8 @@ def stage_fingerprints(recipe: Recipe) -> dict[str, str]:
     arms = [found["train"], found.get("control"), *([found["static"]] if recipe.static else [])]
     found["evaluate"] = fingerprint(["evaluate", *arms, recipe.evaluation])
     words = [recipe.name, recipe.description, recipe.report]
-    found["report"] = fingerprint(["report", found["evaluate"], words])
+    earlier = [stage_fingerprints(phase)["report"] for phase in phases_of(recipe)]  # the page tells of them, too
+    found["report"] = fingerprint(["report", found["evaluate"], words, *([earlier] if earlier else [])])
     return found
 
 

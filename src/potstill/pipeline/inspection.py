@@ -17,7 +17,7 @@ from potstill.engines import load_tokenizer, pick_device
 from potstill.engines.local import load_config
 from potstill.errors import RecipeError
 from potstill.pipeline import build
-from potstill.pipeline.chain import before, blaming, load_chain, phases_of, student_folder
+from potstill.pipeline.chain import before, blaming, load_chain, phases_of, runs_folder, student_folder
 from potstill.pipeline.disk import check_disk, folder_bytes
 from potstill.pipeline.layers import count_layers
 from potstill.pipeline.metrics import check_trackers
@@ -186,7 +186,7 @@ def check_store_room(recipe: Recipe, found: Inspection) -> None:
     asked = steps * recipe.training.batch_rows * recipe.data.sequence_length
     there = _prepared_bytes(recipe) // (PREPARED_BYTES * CHARACTERS_A_TOKEN)
     size = round(signals.share * min(asked or there, there or asked)) * found.record_bytes
-    place = Path(signals.store).expanduser() if signals.store else recipe.folder.parent / "signals"
+    place = Path(signals.store).expanduser() if signals.store else runs_folder(recipe) / "signals"
     check_disk(place, size - folder_bytes(place), "what the teacher will say", "signals.store")
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from potstill.engines import find_folder, load_tokenizer, shares_of
 from potstill.errors import RecipeError, StoreError
 from potstill.pipeline import build
+from potstill.pipeline.chain import runs_folder
 from potstill.pipeline.disk import hash_file
 from potstill.pipeline.objective import fixed
 from potstill.pipeline.places import resolve_model
@@ -171,7 +172,7 @@ def place_for(recipe: Recipe, stamp: Stamp) -> str:
     if named and is_remote(named):
         return named
     name = fingerprint([stamp.teacher, stamp.tokenizer, stamp.spec])[:16]
-    place = Path(named).expanduser() if named else recipe.folder.parent / "signals" / name
+    place = Path(named).expanduser() if named else runs_folder(recipe) / "signals" / name
     return str(place.absolute())
 
 

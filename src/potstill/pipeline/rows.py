@@ -17,6 +17,7 @@ from potstill.data import MaskRule, PackedRows, TextRows, bucketed_order, mask_t
 from potstill.pipeline.cast import Cast
 from potstill.recipes import Recipe
 from potstill.recipes.schema import MaskedLM
+from potstill.training import join_rows
 from potstill.types import Batch, Lesson, Reader, Role, Wants
 
 __all__ = ["TaskRows", "held_out_batches", "held_out_lessons", "mask_rule", "masked", "open_rows"]
@@ -96,7 +97,12 @@ def held_out_batches(
         rule = mask_rule(recipe, tokenizer) if cast.role is Role.MASKED else None
         for start in range(0, count, at_once):
             batch = packed.batch(range(start, min(start + at_once, count)))
-            yield masked(batch, rule, HELD_OUT_SEED, start) if rule else batch
+            # Row by row: what is hidden must not depend on how many are read together.
+            yield (
+                join_rows([masked(batch.rows(i, i + 1), rule, HELD_OUT_SEED, start + i) for i in range(len(batch))])
+                if rule
+                else batch
+            )
         return
     rows = cast.rows(prepared, split, tokenizer)
     for numbers in _some(rows, most, at_once):

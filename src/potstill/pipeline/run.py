@@ -94,9 +94,10 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, stopping: Stopping |
         if due:
             walk.check_room(due[0])
             run.write_recipe(dump_recipe(recipe))
+        if due:
+            walk.run_phases()
         if set(due) - {"report"}:
             walk.check_data(set(due))
-            walk.run_phases()
             walk.run_assistant()
             walk.check_same_assistant(run, [name for name in wanted if name not in due])
         _report_states(statuses)

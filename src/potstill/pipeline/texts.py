@@ -120,7 +120,24 @@ def survey_texts(recipe: Recipe, *, labels: Sequence[str] | None = None) -> Text
     train = _keep_labels(train, recipe.data.labels_per_class, recipe.seed, changed)
     held_out = [*found.texts["validation"], *found.texts["test"]]
     train = (*train, *_noisy(recipe, train, held_out, changed))
-    return TextSurvey({**found.texts, "train": train}, known, cleaning, changed)
+    texts = {**found.texts, "train": train}
+    if isinstance(task, Embedding):
+        texts |= {split: _apart(texts[split], found.texts["test"], changed) for split in ("train", "validation")}
+    return TextSurvey(texts, known, cleaning, changed)
+
+
+def _apart(texts: Texts, test: Texts, changed: Counter[str]) -> Texts:
+    """Both texts of every pair on their own, as they get their vectors, without those that stand in a test pair."""
+    tested = {part for text in test for part in normal_form(text)}
+    found: list[LabelledText] = []
+    for text in texts:
+        second = [] if text.pair is None else [replace(text, id=f"{text.id}/2", text=text.pair, pair=None)]
+        for one in (replace(text, pair=None), *second):
+            if text.pair is not None and normal_form(one)[0] in tested:
+                changed["removed: text of a pair stands in a test pair"] += 1
+            else:
+                found.append(one)
+    return tuple(found)
 
 
 def open_texts(prepared: Path, split: str) -> list[LabelledText]:

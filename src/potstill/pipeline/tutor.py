@@ -15,6 +15,7 @@ from potstill.engines import load_tokenizer
 from potstill.errors import DataError
 from potstill.pipeline import build
 from potstill.pipeline.cast import Cast, cast_of
+from potstill.pipeline.chain import runs_folder
 from potstill.pipeline.course import Course, begin, take
 from potstill.pipeline.disk import hash_file, read_json, sync_tree, write_json_atomic
 from potstill.pipeline.objective import Answers, build_objective
@@ -43,7 +44,7 @@ def finetune(recipe: Recipe, stage: Stage, prepared: Path, *, fingerprint: str, 
 
     Raises Interrupted, after saving, when somebody asks to stop while it trains.
     """
-    kept = recipe.folder.absolute().parent / f"{TEACHER}s" / fingerprint
+    kept = runs_folder(recipe) / f"{TEACHER}s" / fingerprint
     facts = _facts_of(kept)
     if facts is not None:
         _link(kept, stage.folder)

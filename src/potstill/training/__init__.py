@@ -3,7 +3,7 @@
 from potstill.training.checkpoint import CheckpointStore
 from potstill.training.loop import Callbacks, Plan, Training, train
 from potstill.training.schedule import learning_rate_factor
-from potstill.training.sources import Rows, RowSource, first_rows
+from potstill.training.sources import Rows, RowSource, first_rows, join_rows
 
 __all__ = [
     "Callbacks",
@@ -13,6 +13,7 @@ __all__ = [
     "Rows",
     "Training",
     "first_rows",
+    "join_rows",
     "learning_rate_factor",
     "train",
 ]

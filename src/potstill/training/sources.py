@@ -18,7 +18,7 @@ from torch import Tensor
 from potstill.errors import DataError, RecipeError
 from potstill.types import Batch, Lesson, Reader, Signal, Wants
 
-__all__ = ["RowSource", "Rows", "first_rows"]
+__all__ = ["RowSource", "Rows", "first_rows", "join_rows"]
 
 
 class Rows(Protocol):
@@ -112,7 +112,7 @@ class RowSource:
         batch = self._rows.batch([self._number(index) for index in indices])
         if self._prepare is None:
             return batch
-        return _joined([self._prepare(batch.rows(i, i + 1), index) for i, index in enumerate(indices)])
+        return join_rows([self._prepare(batch.rows(i, i + 1), index) for i, index in enumerate(indices)])
 
     def _number(self, index: int) -> int:
         """Row number of the index-th row ever drawn."""
@@ -122,7 +122,7 @@ class RowSource:
         return int(self._order[place])
 
 
-def _joined(rows: Sequence[Batch]) -> Batch:
+def join_rows(rows: Sequence[Batch]) -> Batch:
     """One batch of these, all of one length."""
     joined: dict[str, Any] = {}
     for field in fields(Batch):
