@@ -181,13 +181,6 @@ def test_words_and_several_labels_are_prepared_as_they_are(recipe):
             r"^data\.splits\.validation: of 2 texts none is in the validation split",
         ),
         (
-            [{**row, "label": None} if row["split"] == "test" else row for row in split_rows()],
-            [],
-            CLASSIFY,
-            DataError,
-            r"^data\.label: none of the 6 test texts has a label",
-        ),
-        (
             [{**row, "label": None} if row["split"] == "train" else row for row in split_rows()],
             [],
             "task={kind: classification, labels: [a, b]}",
@@ -228,6 +221,14 @@ def test_damaged_labels_are_named(tmp_path, content):
     (tmp_path / "labels.json").write_text(content, encoding="utf-8")
     with pytest.raises(RunError, match=r"labels\.json"):
         open_labels(tmp_path)
+
+
+def test_where_nobody_tells_the_labels_of_the_test_part_another_is_taken_from_training(recipe):
+    hidden = [{**row, "label": None} if row["split"] == "test" else row for row in split_rows()]
+    survey = survey_texts(recipe(hidden, "data.splits={validation: 0.1, test: 0.3}"))
+    assert survey.changed["removed: held-out text of a part of which nobody published the labels"] == 6
+    assert survey.texts["test"]
+    assert all(text.label for text in survey.texts["test"])
 
 
 def test_for_vectors_each_text_of_a_pair_is_one_and_none_stands_in_a_test_pair(tmp_path):

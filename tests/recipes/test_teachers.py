@@ -110,6 +110,16 @@ def test_an_assistants_recipe_is_sought_beside_the_recipe_that_names_it(tmp_path
     assert changed.teacher.recipe == str((tmp_path / "other.yaml").resolve())
 
 
+def test_the_assistant_of_a_phase_is_sought_there_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("quickstart").model_dump(mode="json")
+    recipe["phases"] = [{"name": "first", "teacher": {"kind": "run", "recipe": "../assistant.yaml"}}]
+    file = tmp_path / "deep" / "final.yaml"
+    file.parent.mkdir()
+    file.write_text(json.dumps(recipe))
+    assert load_recipe(file).phases[0].teacher.recipe == str((tmp_path / "assistant.yaml").resolve())
+
+
 def test_a_shipped_recipe_may_assist_unless_a_file_of_its_name_is_there(tmp_path):
     named = write(tmp_path / "final.yaml", "quickstart")
     assert load_recipe(named).teacher.recipe == str(shipped_recipes()["quickstart"].resolve())

@@ -27,6 +27,7 @@ class RemovalReason(StrEnum):
     VALIDATION_IN_TEST = "validation text stands in test"
     REPEATED = "train text is repeated"
     CONTRADICTORY = "train text is repeated with another label"
+    UNANSWERED = "held-out text of a part of which nobody published the labels"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,8 @@ def partition_texts(texts: Iterable[LabelledText], *, seed: int, validation: flo
     A split that the source lacks altogether is taken from train by a keyed hash of the content: `test` and `validation`
     are its shares. Where some training texts have labels, only such are taken. A text that stands in test too is
     removed from the others, one in validation from train; one that is repeated within train stays once, with the first
-    label that it has there.
+    label that it has there. A held-out part without any label, where training texts have some, cannot be measured on:
+    it is left out, as if the source lacked it.
 
     Raises:
         DataError: the shares are negative or leave nothing to train on.
@@ -53,6 +55,7 @@ def partition_texts(texts: Iterable[LabelledText], *, seed: int, validation: flo
     splits: dict[Split, Texts] = {"train": [], "validation": [], "test": []}
     for text in texts:
         splits[text.split or "train"].append(text)
+    _leave_unanswered(splits, removed)
     test_rows = splits["test"]
     held = splits["validation"] = _without(splits["validation"], test_rows, RemovalReason.VALIDATION_IN_TEST, removed)
     rest = _without(splits["train"], test_rows, RemovalReason.TRAIN_IN_TEST, removed)
@@ -66,6 +69,16 @@ def normal_form(text: LabelledText) -> tuple[str, ...]:
     """What equal texts have in common: their words, and those of the second text, in lower case, one space apart."""
     words = " ".join(text.text) if isinstance(text.text, tuple) else text.text
     return tuple(" ".join(part.casefold().split()) for part in (words, text.pair) if part is not None)
+
+
+def _leave_unanswered(splits: dict[Split, Texts], removed: Counter[str]) -> None:
+    """Empty the held-out parts that keep their labels to themselves, as those of competitions do."""
+    if not any(text.label is not None for text in splits["train"]):
+        return
+    for split in ("validation", "test"):
+        if splits[split] and all(text.label is None for text in splits[split]):
+            removed[RemovalReason.UNANSWERED] += len(splits[split])
+            splits[split] = []
 
 
 def _without(texts: Texts, others: Texts, reason: RemovalReason, removed: Counter[str]) -> Texts:

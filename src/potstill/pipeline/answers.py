@@ -167,7 +167,7 @@ def _capture_behind(
 ) -> dict[str, JsonValue]:
     """Complete the store of what lies behind the answers, where that is to be kept; returns what is to be told."""
     features = _features(recipe, inputs)
-    if features is None:
+    if features is None or stopping.asked():
         return {}
     spec = SignalSpec("hidden", inputs.vocabulary, width=features.numbers, dtype="bf16")
     stamp = stamp_for(recipe, spec)

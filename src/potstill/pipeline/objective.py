@@ -48,7 +48,7 @@ from potstill.recipes.schema import Classification, Embedding, LanguageModel, Re
 from potstill.students import even_layers
 from potstill.types import Offer, Wants
 
-__all__ = ["Answers", "build_examiner", "build_objective", "check_losses", "fixed", "terms_of", "wants_of"]
+__all__ = ["Answers", "build_examiner", "build_objective", "check_losses", "fixed", "need_of", "terms_of", "wants_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +86,16 @@ def check_losses(recipe: Recipe) -> None:
     offers = _offers(recipe)
     for index, term in enumerate(recipe.losses):
         key = f"losses[{index}]"
-        need = _need(term)
-        if need and need not in offers:
-            raise RecipeError(
-                f"{key}.kind={term.kind} needs {need.name}, but teacher.kind={recipe.teacher.kind} offers "
-                f"{', '.join(sorted(offer.name for offer in offers))}. Remove this loss, or use another teacher."
-            )
         if isinstance(recipe.task, Embedding) and isinstance(term, VocabularyTerm):
             raise RecipeError(
                 f"{key}.kind={term.kind} compares probabilities, but task.kind=embedding has vectors. Use vector_mse, "
                 "vector_cosine, rkd_distance, or another loss over states."
+            )
+        need = need_of(term)
+        if need and need not in offers:
+            raise RecipeError(
+                f"{key}.kind={term.kind} needs {need.name}, but teacher.kind={recipe.teacher.kind} offers "
+                f"{', '.join(sorted(offer.name for offer in offers))}. Remove this loss, or use another teacher."
             )
         over_texts = isinstance(term, VectorTerm) or (isinstance(term, SimilarityTerm) and term.over == "texts")
         if over_texts and not recipe.over_texts:
@@ -169,7 +169,8 @@ def _offers(recipe: Recipe) -> frozenset[Offer]:
     return frozenset({*insides, Offer.LOGITS, *({Offer.POOLED} if recipe.over_texts else ())})
 
 
-def _need(term: LossTerm) -> Offer | None:
+def need_of(term: LossTerm) -> Offer | None:
+    """What a teacher must offer for this term."""
     if isinstance(term, SimilarityTerm) and term.over == "texts":
         return Offer.POOLED
     return Offer(term.needs) if term.needs else None

@@ -22,10 +22,10 @@ from potstill.errors import RecipeError, StoreError
 from potstill.pipeline import build
 from potstill.pipeline.chain import runs_folder
 from potstill.pipeline.disk import hash_file
-from potstill.pipeline.objective import fixed
+from potstill.pipeline.objective import fixed, need_of
 from potstill.pipeline.places import resolve_model
 from potstill.recipes import Recipe, fingerprint
-from potstill.recipes.losses import CosineRamp, ForwardKL, LinearRamp, SoftTerm, VectorTerm
+from potstill.recipes.losses import CosineRamp, ForwardKL, LinearRamp, SoftTerm
 from potstill.recipes.schema import MixtureTeacher, RunTeacher, StoredSignals
 from potstill.recipes.signals import DenseSignals, HiddenSignals, TopKSignals, TruncatedSignals
 from potstill.signals import (
@@ -40,6 +40,7 @@ from potstill.signals import (
     reopen_store,
 )
 from potstill.signals.pieces import KEY_BYTES
+from potstill.types import Offer
 
 __all__ = [
     "FEATURES",
@@ -92,7 +93,7 @@ def check_signals(recipe: Recipe) -> None:
         )
     over_vectors = recipe.task.kind == "embedding"
     for index, term in terms.items():
-        if isinstance(term, VectorTerm) and over_vectors:
+        if over_vectors and need_of(term) is Offer.POOLED:
             continue
         if isinstance(signals, DenseSignals) and signals.features and term.needs != "attention":
             continue

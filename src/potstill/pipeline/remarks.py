@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from potstill.pipeline.chain import load_chain
+from potstill.pipeline.chain import load_chain, phases_of
 from potstill.recipes import Recipe
 from potstill.recipes.losses import (
     ConstantRamp,
@@ -71,12 +71,25 @@ def _number(number: float | LinearRamp | CosineRamp | ConstantRamp) -> str:
 def remarks_on(recipe: Recipe, facts: Facts) -> tuple[str, ...]:
     """All that must stand beside the numbers of this run, in the order of its stages."""
     return (
+        *_on_phases(recipe),
         *_on_teacher(recipe, facts),
         *_on_data(recipe, facts["prepare"]),
         *(_on_texts(recipe, facts) if recipe.over_texts else ()),
         *_on_student(facts["initialise"]),
         *_on_signals(recipe, facts),
         *map(str, facts.get("evaluate", {}).get("notes", ())),
+    )
+
+
+def _on_phases(recipe: Recipe) -> tuple[str, ...]:
+    """What an earlier phase may have read of what is held out here."""
+    if not recipe.over_texts:
+        return ()
+    return tuple(
+        f"the phase {phase.name} read {recipe.data.source} as documents, of which others are held out than of texts: "
+        "it may have read, without their labels, texts that are tested here"
+        for phase in phases_of(recipe)
+        if phase.data.source == recipe.data.source and not phase.over_texts
     )
 
 

@@ -94,7 +94,7 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, stopping: Stopping |
         if due:
             walk.check_room(due[0])
             run.write_recipe(dump_recipe(recipe))
-        if due:
+        if set(due) - {"prepare", "finetune"}:
             walk.run_phases()
         if set(due) - {"report"}:
             walk.check_data(set(due))

@@ -119,7 +119,16 @@ def _read(path: str | Path) -> dict[Any, Any]:
 
 
 def _anchor(data: dict[Any, Any], folder: Path) -> dict[Any, Any]:
-    """The recipe with `teacher.recipe`, a path relative to `folder` or a shipped recipe's name, made absolute."""
+    """The recipe with every `teacher.recipe`, of its phases too, made absolute: it is relative to `folder`."""
+    phases = data.get("phases")
+    if isinstance(phases, list):
+        phases = [_anchor_teacher(phase, folder) if isinstance(phase, dict) else phase for phase in phases]
+        data = {**data, "phases": phases}
+    return _anchor_teacher(data, folder)
+
+
+def _anchor_teacher(data: dict[Any, Any], folder: Path) -> dict[Any, Any]:
+    """A part with `teacher.recipe`, a path relative to `folder` or a shipped recipe's name, made absolute."""
     teacher = data.get("teacher")
     if not isinstance(teacher, dict) or teacher.get("kind") != "run" or not isinstance(teacher.get("recipe"), str):
         return data
