@@ -30,6 +30,7 @@ from potstill.report.classes import class_figure, confusion_rows, worst_classes
 from potstill.report.facts import arm_rows, gain_rows
 from potstill.report.headline import write_caveat, write_headline, write_static_headline
 from potstill.report.metrics import gains_of, metric_of, metrics_of
+from potstill.report.tiles import tiles
 from potstill.report.tradeoff import speed_figures
 from potstill.types import Measurement
 
@@ -303,6 +304,22 @@ def test_a_classifier_s_gain_whose_interval_holds_zero_is_none():
     assert "no gain from distillation is shown" in write_headline(level)
     assert "added" not in write_headline(level)
     assert "is not told apart from the control arm by KL to the teacher" in write_caveat(level)
+
+
+def test_the_headline_and_the_tile_have_one_ratio_of_speeds():
+    story = without(planted("classification"), "throughput_vs_teacher")
+    paired = replace(story, measurements=(*story.measurements, _row("student", "throughput_vs_teacher", 2.22, 0.1)))
+    assert "at 2.22 times the throughput" in write_headline(paired)
+    assert [tile.note for tile in tiles(paired) if "2.22 times the teacher's" in tile.note]
+
+
+@pytest.mark.parametrize(
+    ("learns", "words"),
+    [("all", "all weights trained"), ("body", "all weights but the token embeddings"), ("head", "a new head alone")],
+)
+def test_what_of_the_teacher_was_trained_is_said(tmp_path, learns, words):
+    story = replace(planted("classification"), teacher_training=TeacherTraining("org/base", learns, 100))
+    assert all(words in text for text in texts_of(story, tmp_path)[:2])
 
 
 def test_vectors_have_no_control_arm_and_the_first_words_say_so(tmp_path):

@@ -186,7 +186,9 @@ def _phase(recipe: Recipe, folder: Path) -> PhaseFacts:
 def _teacher_training(recipe: Recipe, facts: Mapping[str, Any]) -> TeacherTraining | None:
     if not isinstance(recipe.teacher, FinetuneTeacher):
         return None
-    return TeacherTraining(recipe.teacher.model, recipe.teacher.learns, facts.get("steps"), facts.get("seconds"))
+    spec = recipe.teacher
+    learns = "body" if spec.learns == "all" and spec.training.freeze_embeddings else spec.learns
+    return TeacherTraining(spec.model, learns, facts.get("steps"), facts.get("seconds"))
 
 
 def _first_facts(recipe: Recipe, folder: Path, facts: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -61,11 +61,18 @@ def _shape(task: TaskFacts) -> str:
     return (f" {_capital(', '.join(parts))}." if parts else "") + length + scope
 
 
+_LEARNING = {
+    "all": "all weights",
+    "body": "all weights but the token embeddings",
+    "head": "a new head alone, its body as it was,",
+}
+
+
 def _tell_training(story: Story) -> str:
     training = story.teacher_training
     if training is None:
         return ""
-    what = "all weights" if training.learns == "all" else "a new head alone, its body as it was,"
+    what = _LEARNING[training.learns]
     length = "" if training.steps is None else f", {training.steps:,} steps"
     own = find(story, "teacher", "accuracy")
     reached = f"; on the test split its accuracy is {own.value * 100:.1f} %" if own else ""

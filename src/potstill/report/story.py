@@ -170,7 +170,7 @@ class TaskFacts:
 class TeacherTraining:
     """How the teacher was made before it taught: trained on hard labels, all its weights or its head alone.
 
-    learns  "all" or "head"; steps, seconds None where they were not recorded
+    learns  "all", "head", or "body" for all but the token embeddings; steps, seconds None where they were not recorded
     """
 
     base_model: str

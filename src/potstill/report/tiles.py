@@ -121,7 +121,8 @@ def _share_of_teacher(story: Story) -> str:
 
 
 def _times_the_teacher(story: Story, name: str) -> str:
-    times = _ratio(story, name)
+    paired = find(story, "student", "throughput_vs_teacher") if name == "throughput_per_s" else None
+    times = paired.value if paired else _ratio(story, name)
     return "on the machine named below" if times is None else f"{times:.2f} times the teacher's, same machine"
 
 
