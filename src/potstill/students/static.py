@@ -39,7 +39,7 @@ __all__ = [
 
 def check_static_packages(*names: str) -> None:
     """Raises MissingExtra for the first of these packages (default: all that a static student needs) that is absent."""
-    for name in names or ("model2vec", "skeletoken"):
+    for name in names or ("model2vec", "skeletoken", "sklearn"):
         if importlib.util.find_spec(name) is None:
             raise MissingExtra(
                 f"static: {name} is not installed. Run `pip install 'potstill[static]'`, or remove `static`."
