@@ -256,7 +256,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         load_static(tmp_path)
 
 
-@pytest.mark.parametrize("absent", ["model2vec", "skeletoken"])
+@pytest.mark.parametrize("absent", ["model2vec", "skeletoken", "sklearn"])
 def test_an_absent_package_is_named_with_its_extra(monkeypatch, absent):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == absent else object())
     with pytest.raises(MissingExtra, match=rf"static: {absent} is not installed.*potstill\[static\]"):
