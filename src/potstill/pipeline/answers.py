@@ -31,6 +31,7 @@ from potstill.pipeline.objective import Answers, build_objective, wants_of
 from potstill.pipeline.places import STUDENT
 from potstill.pipeline.progress import Meter, metered
 from potstill.pipeline.recall import FEATURES, PLAN, cache_folder, place_for, stamp_for
+from potstill.pipeline.rows import batches_by_length
 from potstill.pipeline.rundir import RunDir, Stage
 from potstill.pipeline.stopping import Stopping
 from potstill.pipeline.texts import open_texts
@@ -106,7 +107,7 @@ def read_answers(
     uncut = replace(cast, overlong="truncate")
     tables = [uncut.tokenise(texts, member.tokenizer) for member in members]
     wants = Wants(pooled=True) if cast.role is Role.ENCODER else Wants(final=True)
-    for numbers in _numbered(tables[0].lengths, batch_tokens):
+    for numbers in batches_by_length(tables[0].lengths, batch_tokens):
         batches = [table.batch(numbers) for table in tables]
         said = teacher.read_many(batches, wants) if len(members) > 1 else teacher.read(batches[0], wants)
         rows = said.pooled_BD if cast.role is Role.ENCODER else said.logits.logits_NV
@@ -230,7 +231,7 @@ def _asked(prepared: Path, salt: bytes) -> dict[bytes, LabelledText]:
 def _take_down(
     book: _Book, teacher: Any, texts: Sequence[tuple[bytes, LabelledText]], *, meter: Meter, stopping: Stopping
 ) -> int:
-    """Ask the teacher about these texts and keep what it answers; returns the tokens that it read."""
+    """Ask the teacher about these texts and keep what it answers; returns how many it read."""
     tokens = 0
     with book.store.writer() as writer:
         for start in range(0, len(texts), COMMITTED_TEXTS):
@@ -273,15 +274,3 @@ def _facts(book: _Book, pieces: int, captured: int, *, tokens: int, seconds: flo
         "fidelity": None,
         "salt": book.salt.hex(),
     }
-
-
-def _numbered(lengths: NDArray[np.int64], batch_tokens: int) -> Iterator[list[int]]:
-    """Numbers of texts of nearly equal length together, the longest first."""
-    batch: list[int] = []
-    for number in np.argsort(-lengths, kind="stable").tolist():
-        if batch and int(lengths[batch[0]]) * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(number)
-    if batch:
-        yield batch

@@ -19,6 +19,7 @@ from torch import Tensor
 from potstill.data import TextRows
 from potstill.errors import StoreError
 from potstill.pipeline.progress import Meter
+from potstill.pipeline.rows import batches_by_length
 from potstill.pipeline.stopping import Stopping
 from potstill.signals import Store
 from potstill.types import AttentionVectors, Batch, Reader, Signal, Wants
@@ -120,7 +121,8 @@ def capture_features(
             }
             keys += window
             absent = [window[key] for key in store.missing(list(window))]
-            for batch in _batches(rows, absent, batch_tokens):
+            for places in batches_by_length(rows.lengths[absent], batch_tokens):
+                batch = rows.batch([absent[place] for place in places])
                 kept_BTX = features.join(teacher.read(batch, features.wants)).cpu().view(torch.int16)
                 for row, key in enumerate(_keys(batch, salt)):
                     length = 1 if features.first else int((batch.segments_BT[row] > 0).sum())
@@ -182,14 +184,3 @@ def _keys(batch: Batch, salt: bytes) -> list[bytes]:
         hashlib.blake2b(salt + row_T2[:length].tobytes(), digest_size=16).digest()
         for row_T2, length in zip(both_BT, lengths, strict=True)
     ]
-
-
-def _batches(rows: TextRows, numbers: Sequence[int], batch_tokens: int) -> Iterator[Batch]:
-    batch: list[int] = []
-    for number in numbers:
-        if batch and int(rows.lengths[batch[0]]) * (len(batch) + 1) > batch_tokens:
-            yield rows.batch(batch)
-            batch = []
-        batch.append(number)
-    if batch:
-        yield rows.batch(batch)

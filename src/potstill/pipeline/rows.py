@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from potstill.data import MaskRule, PackedRows, TextRows, bucketed_order, mask_tokens
@@ -20,7 +22,7 @@ from potstill.recipes.schema import MaskedLM
 from potstill.training import join_rows
 from potstill.types import Batch, Lesson, Reader, Role, Wants
 
-__all__ = ["TaskRows", "held_out_batches", "held_out_lessons", "mask_rule", "masked", "open_rows"]
+__all__ = ["TaskRows", "batches_by_length", "held_out_batches", "held_out_lessons", "mask_rule", "masked", "open_rows"]
 
 HELD_OUT_SEED = 0x5EED
 """Of the masks and of the choice of held-out rows: the same in every step and for every arm."""
@@ -120,3 +122,15 @@ def _some(rows: TextRows, most: int | None, at_once: int) -> Iterator[Sequence[i
     numbers = sorted(drawn.tolist(), key=lambda number: int(rows.lengths[number]))
     for start in range(0, len(numbers), at_once):
         yield numbers[start : start + at_once]
+
+
+def batches_by_length(lengths: NDArray[np.int64], batch_tokens: int) -> Iterator[list[int]]:
+    """Numbers of texts of nearly equal length together, the longest first: `batch_tokens` with padding at most."""
+    batch: list[int] = []
+    for number in np.argsort(-lengths, kind="stable").tolist():
+        if batch and int(lengths[batch[0]]) * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
