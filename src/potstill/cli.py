@@ -35,13 +35,16 @@ app = typer.Typer(
 )
 samples_app = typer.Typer(no_args_is_help=True, help="Real models and data to try things on.")
 signals_app = typer.Typer(no_args_is_help=True, help="Stores of what teachers said.")
+ledger_app = typer.Typer(no_args_is_help=True, help="Ledgers of what was asked of teachers behind an API.")
 recipes_app = typer.Typer(no_args_is_help=True, help="Recipes that come with potstill.")
 app.add_typer(samples_app, name="samples")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(signals_app, name="signals")
+app.add_typer(ledger_app, name="ledger")
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
 StorePlace = Annotated[str, typer.Argument(metavar="STORE", help="A folder, or s3://, gs:// or az:// place.")]
+LedgerFile = Annotated[Path, typer.Argument(metavar="LEDGER", help="The file of teacher.ledger: ledger.sqlite.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, for example training.steps=50.")
 ]
@@ -170,6 +173,41 @@ def signals_export(
     from potstill.pipeline.stores import export_store
 
     typer.echo(export_store(store, path))
+
+
+@ledger_app.command("stats")
+def ledger_stats(ledger: LedgerFile) -> None:
+    """Say what every run asked of which model, what became of it, and what it cost."""
+    from potstill.pipeline.ledgers import describe_ledger
+
+    for line in describe_ledger(ledger):
+        typer.echo(line)
+
+
+@ledger_app.command("export")
+def ledger_export(
+    ledger: LedgerFile,
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A .jsonl or .parquet file to write.")],
+) -> None:
+    """Write all requests with their answers, one a row."""
+    from potstill.pipeline.ledgers import export_ledger
+
+    typer.echo(export_ledger(ledger, path))
+
+
+@ledger_app.command("forget")
+def ledger_forget(
+    ledger: LedgerFile,
+    ids: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID]...", help="Requests, as `export` names them.")
+    ] = None,
+    user: Annotated[str | None, typer.Option("--user", help="All requests with data of this user.")] = None,
+) -> None:
+    """Delete requests with their answers for good, and name the runs that have used them."""
+    from potstill.pipeline.ledgers import forget_in_ledger
+
+    for line in forget_in_ledger(ledger, ids or (), user):
+        typer.echo(line)
 
 
 @app.command()

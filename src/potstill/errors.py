@@ -9,6 +9,8 @@
     ├── RunError (RuntimeError)             the run folder is locked, unwritable, full or damaged
     │   └── CheckpointError                 no checkpoint of this run is whole
     ├── StoreError (RuntimeError)           a store of signals is damaged, of another teacher, or cannot be reached
+    ├── TeacherError (RuntimeError)         the teacher's endpoint cannot be used, or refuses
+    ├── BudgetError (RuntimeError)          the budget is too small for what is asked
     ├── NonFiniteError (ArithmeticError)    a loss or gradient is not a number
     ├── MissingExtra (ImportError)          an optional package is needed; names the extra
     └── Interrupted (RuntimeError)          asked to stop; state is saved and the same command continues
@@ -17,6 +19,7 @@ Refuses: anything but exceptions. Nothing here imports from the project.
 """
 
 __all__ = [
+    "BudgetError",
     "CheckpointError",
     "DataError",
     "Interrupted",
@@ -28,6 +31,7 @@ __all__ = [
     "RunError",
     "SampleError",
     "StoreError",
+    "TeacherError",
     "VocabularyMismatch",
 ]
 
@@ -66,6 +70,14 @@ class CheckpointError(RunError):
 
 class StoreError(PotstillError, RuntimeError):
     """A store of signals is damaged, is of another teacher, or cannot be reached."""
+
+
+class TeacherError(PotstillError, RuntimeError):
+    """The teacher's endpoint cannot be reached or used, refuses the key or the model, or fails too often."""
+
+
+class BudgetError(PotstillError, RuntimeError):
+    """The budget does not suffice for a single request, or the price that it needs is not known."""
 
 
 class NonFiniteError(PotstillError, ArithmeticError):

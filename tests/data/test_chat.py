@@ -161,11 +161,13 @@ def test_the_same_template_gives_one_encoding_where_nothing_was_rewritten(make_t
     assert learned(encoded, tokenizer) == ["a1<|im_end|>", "<think>t2</think>a2<|im_end|>"]
 
 
-def test_a_template_without_control_tokens_is_learned_to_the_end_of_the_turn(make_tokenizer):
+def test_answers_that_a_template_leaves_open_get_the_end_of_sequence_each_in_an_encoding_of_its_own(make_tokenizer):
     tokenizer = make_tokenizer(PLAIN)
-    (encoded,) = encode_example(talk("q", "red fox", "q", "two"), tokenizer)
+    first, second = encode_example(talk("q", "red fox", "q", "two"), tokenizer)
     # The space before the answer belongs to its first token.
-    assert learned(encoded, tokenizer) == [" red fox\n\n", " two\n\n"]
+    assert learned(first, tokenizer) == [" red fox\n\n<|endoftext|>"]
+    assert learned(second, tokenizer) == [" two\n\n<|endoftext|>"]
+    assert decode(tokenizer, second.ids).startswith("user: q\n\nassistant: red fox\n\nuser: q")
 
 
 def test_successive_answers_and_answers_after_tools_are_all_learned(make_tokenizer):

@@ -381,3 +381,48 @@ def test_a_framed_piece_keeps_its_end_where_nothing_is_learned(tmp_path):
     assert batch.ids_BT.tolist() == [[1, 5, 6, 7, 2, 0, 0, 0]]
     assert batch.targets_BT.tolist() == [[IGNORE, 5, *[IGNORE] * 6]]
     assert (stats.tokens, stats.supervised) == (5, 1)
+
+
+def conversation(name: str, length: int, last: int) -> Encoded:
+    """So many tokens, of which the one numbered `last` is the last that is learned."""
+    learn = [0 < position <= last and position % 2 == last % 2 for position in range(length)]
+    return Encoded(name, list(range(length)), learn, conversation=True)
+
+
+@settings(deadline=None)
+@given(corpora(), st.lists(st.integers(2, 40), min_size=1, max_size=8), st.integers(2, 24))
+def test_conversations_are_kept_whole_or_not_at_all_and_text_is_as_it_was(documents, lengths, room):
+    talks = [conversation(f"talk-{number}", length, length - 1) for number, length in enumerate(lengths)]
+    fitting = [talk for talk in talks if len(talk.ids) - 1 <= room]
+    if not any(any(document.learn) for document in (*documents, *fitting)):
+        return
+    with TemporaryDirectory() as name:
+        stats = write_rows(
+            [*documents, *talks], Path(name), sequence_length=room, pad_id=PAD, overlong="drop"
+        )  # fmt: skip
+        batch = PackedRows(Path(name)).batch(range(stats.rows))
+    plain, whole = pack([*documents, *talks], room)[0], pairs_learned([*documents, *fitting])
+    assert (stats.conversations, stats.overlong) == (len(talks), len(talks) - len(fitting))
+    assert stats.overlong_share == stats.overlong / len(talks)
+    assert (plain.conversations, plain.overlong) == (len(talks), 0)
+    assert int(batch.supervised_BT.sum()) == stats.supervised == whole.total()
+    segments = Counter(name for row in batch.examples for name in row)
+    assert {name: count for name, count in segments.items() if name.startswith("talk")} == {
+        talk.id: 1 for talk in fitting
+    }
+
+
+def test_a_conversation_is_as_long_as_what_is_learned_of_it(tmp_path):
+    fits, beyond = conversation("a", 30, 8), conversation("b", 30, 9)
+    stats = write_rows([fits, beyond], tmp_path, sequence_length=8, pad_id=PAD, overlong="drop")
+    assert (stats.overlong, stats.conversations, stats.segments) == (1, 2, 1)
+
+
+def test_conversations_of_which_none_fits_are_an_error_that_names_the_length(tmp_path):
+    with pytest.raises(DataError, match=r"^data\.sequence_length: none of the 1 conversations .* fits into 8 tokens"):
+        write_rows([conversation("a", 30, 29)], tmp_path, sequence_length=8, pad_id=PAD, overlong="drop")
+
+
+def test_rows_that_hold_no_conversation_are_told_of_as_ever(packed):
+    assert not {"conversations", "overlong"} & set(json.loads((packed / "rows.json").read_text()))
+    assert PackedRows(packed).stats.overlong == 0

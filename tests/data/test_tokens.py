@@ -224,6 +224,15 @@ def test_rows_of_a_batch_are_of_like_length_and_epochs_differ():
     assert abs(means[:50].mean() - means[50:].mean()) < 20
 
 
+def test_batches_drawn_at_random_are_those_of_a_plain_shuffle_and_sorted_within():
+    lengths = np.random.default_rng(0).integers(1, 100, 3200)
+    rows = bucketed_order(lengths, batch_rows=32, seed=0, pooled=1)(0).reshape(100, 32)
+    batches = lengths[rows]
+    assert (np.diff(batches, axis=1) >= 0).all()
+    # Of random batches the means differ by the spread of lengths over the root of the batch, and no more.
+    assert batches.mean(1).std() < 2 * lengths.std() / 32**0.5
+
+
 def test_batches_stay_of_like_length_when_epochs_end_within_one():
     epochs = 3
     lengths = np.random.default_rng(0).integers(1, 100, 3215)

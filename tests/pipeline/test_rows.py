@@ -30,6 +30,10 @@ def hidden(task, make_encoder):
     return recipe, load_tokenizer(str(model), "teacher.model"), prepared(recipe)
 
 
+def batches_of(recipe, rows):
+    return recipe.training.model_copy(update={"batch_rows": rows})
+
+
 def source(recipe, rows, at_once):
     return RowSource(rows.rows, seed=recipe.seed, batch_rows=6, rows_at_once=at_once, prepare=rows.prepare)
 
@@ -42,7 +46,7 @@ def drawn(stream, steps):
 
 def test_masks_depend_on_no_micro_batch_and_go_on_where_they_were_left(hidden):
     recipe, tokenizer, folder = hidden
-    rows = open_rows(recipe, cast_of(recipe, folder), folder, tokenizer=tokenizer, batch_rows=6)
+    rows = open_rows(recipe, cast_of(recipe, folder), folder, tokenizer=tokenizer, training=batches_of(recipe, 6))
     whole, parts, resumed = (source(recipe, rows, at_once) for at_once in (6, 2, 3))
     ids_BT, targets_BT = drawn(whole, 5)
     for ours, theirs in zip(drawn(parts, 5), (ids_BT, targets_BT), strict=True):
@@ -54,7 +58,7 @@ def test_masks_depend_on_no_micro_batch_and_go_on_where_they_were_left(hidden):
 
 def test_a_row_is_masked_anew_when_it_comes_again(hidden):
     recipe, tokenizer, folder = hidden
-    rows = open_rows(recipe, cast_of(recipe, folder), folder, tokenizer=tokenizer, batch_rows=6)
+    rows = open_rows(recipe, cast_of(recipe, folder), folder, tokenizer=tokenizer, training=batches_of(recipe, 6))
     batch = rows.rows.batch([0])
     draws = [masked(batch, mask_rule(recipe, tokenizer), recipe.seed, number).targets_BT for number in range(8)]
     assert any(not one.equal(draws[0]) for one in draws)
@@ -64,7 +68,7 @@ def test_a_row_is_masked_anew_when_it_comes_again(hidden):
 
 def test_special_tokens_are_never_hidden_and_the_teacher_speaks_wherever_there_is_text(hidden):
     recipe, tokenizer, folder = hidden
-    rows = open_rows(recipe, cast_of(recipe, folder), folder, tokenizer=tokenizer, batch_rows=6)
+    rows = open_rows(recipe, cast_of(recipe, folder), folder, tokenizer=tokenizer, training=batches_of(recipe, 6))
     plain = rows.rows.batch(range(len(rows)))
     batch = masked(plain, mask_rule(recipe, tokenizer), recipe.seed, 0)
     special_BT = torch.isin(plain.ids_BT, torch.tensor(tokenizer.all_special_ids))
@@ -104,8 +108,8 @@ def partly_labelled(task, make_encoder, queries, write_rows):
 
 def test_labels_teach_labelled_texts_only_and_a_teacher_speaks_of_all(partly_labelled):
     recipe, tokenizer, folder = partly_labelled
-    rows = open_rows(recipe, cast_of(recipe, folder), folder, tokenizer=tokenizer, batch_rows=4)
-    labelled = rows.labelled(4, recipe.seed)
+    rows = open_rows(recipe, cast_of(recipe, folder), folder, tokenizer=tokenizer, training=batches_of(recipe, 4))
+    labelled = rows.labelled(batches_of(recipe, 4), recipe.seed)
     assert (len(rows), len(labelled)) == (54, 18)
     assert all(text.label for text in labelled.rows.texts)
     assert sorted(labelled.order(0).tolist()) == list(range(18))
@@ -116,14 +120,14 @@ def test_labels_teach_labelled_texts_only_and_a_teacher_speaks_of_all(partly_lab
 
 def test_where_all_is_labelled_the_rows_stay_as_they_are(hidden):
     recipe, tokenizer, folder = hidden
-    rows = open_rows(recipe, cast_of(recipe, folder), folder, tokenizer=tokenizer, batch_rows=6)
-    assert rows.labelled(6, 0) is rows
+    rows = open_rows(recipe, cast_of(recipe, folder), folder, tokenizer=tokenizer, training=batches_of(recipe, 6))
+    assert rows.labelled(batches_of(recipe, 6), 0) is rows
 
 
 def test_texts_that_are_cut_are_counted(partly_labelled, task):
     recipe, tokenizer, folder = partly_labelled
     short = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sequence_length": 5})})
-    rows = open_rows(short, cast_of(short, folder), folder, tokenizer=tokenizer, batch_rows=4)
+    rows = open_rows(short, cast_of(short, folder), folder, tokenizer=tokenizer, training=batches_of(recipe, 4))
     assert rows.facts == {"overlong": 54}
     assert max(rows.rows.lengths) == 5
 

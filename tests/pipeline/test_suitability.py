@@ -32,6 +32,7 @@ FINETUNE = "teacher={kind: finetune, model: m, training: {epochs: 1}}"
 RECORDED = "teacher={kind: recorded, path: said.jsonl, label: intent}"
 MIXTURE = "teacher={kind: mixture, members: [{model: a}, {model: b}]}"
 DENSE = "signals={kind: dense}"
+API = "teacher={kind: openai, model: big}"
 
 
 def read(tmp_path, text: str, *changes: str) -> Recipe:
@@ -67,13 +68,34 @@ REFUSALS = [
     (NEWS, [FINETUNE, "teacher.learns=head"],
      "teacher.learns: head trains a head that the model lacks, but a language model has its own. Use "
      "teacher.learns=all."),
+    # an API
+    (INTENT, ["task={kind: token_classification}", API],
+     "teacher.kind: openai is asked for one label a text, but task.kind=token_classification wants something else. Use "
+     "task.kind=classification with one label a text, or another teacher."),
+    (INTENT, ["task.multi_label=true", API],
+     "teacher.kind: openai is asked for one label a text, but task.kind=classification with multi_label wants "
+     "something else. Use task.kind=classification with one label a text, or another teacher."),
+    (INTENT, [API],
+     "signals.kind: online would ask the API in every step of the training. Use signals.kind=dense, which asks about "
+     "every text once."),
+    (INTENT, [API, "signals={kind: dense, features: true}"],
+     "signals.features: teacher.kind=openai shows nothing of what lies behind its answers. Leave it out."),
+    (INTENT, [API, DENSE, STATIC],
+     "static: embeddings are distilled from the teacher's encoder, but teacher.kind=openai has none here. Remove "
+     "static, or use another teacher."),
+    (INTENT, [API, DENSE, "student={kind: layers, keep: even, count: 2}"],
+     "student.kind: layers is made from the teacher's model, but teacher.kind=openai has none here. Use "
+     "student.kind=model, or layers of a student.model."),
+    (NEWS, [API, "student={kind: model, model: s}"],
+     "teacher.kind: openai teaches a language model by what it writes, and generate is not there. Add generate: "
+     "{prompts: {kind: rows}}, for example."),
     # the student
     (INTENT, [RECORDED, "student={kind: layers, keep: even, count: 2}"],
      "student.kind: layers is made from the teacher's model, but teacher.kind=recorded has none here. Use "
-     "student.kind=model."),
+     "student.kind=model, or layers of a student.model."),
     (INTENT, [RECORDED, "student={kind: config}"],
      "student.kind: config is made from the teacher's model, but teacher.kind=recorded has none here. Use "
-     "student.kind=model."),
+     "student.kind=model, or layers of a student.model."),
     (INTENT, ["student={kind: layers, count: 2}"],
      "student.keep: greedy judges layers by the next token, but task.kind=classification. Use `even`, or list the "
      "layers."),

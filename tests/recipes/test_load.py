@@ -358,10 +358,22 @@ TEACHERS = st.one_of(
         TEXTS,
         st.dictionaries(TEXTS, st.floats(0, 9), max_size=3),
     ),
+    st.builds(
+        lambda model, host, rest: {"kind": "openai", "model": model, "base_url": f"http://{host}", **rest},
+        TEXTS,
+        TEXTS,
+        some(
+            api_key=st.none() | TEXTS,
+            budget=some(usd=st.floats(0.01, 9), requests=COUNTS, tokens=COUNTS),
+            limits=some(concurrency=COUNTS, requests_per_minute=st.floats(0.1, 1e4)),
+            price=st.fixed_dictionaries({"input_usd": st.floats(0, 9), "output_usd": st.floats(0, 9)}),
+            permission=TEXTS,
+        ),
+    ),
 )
 DATA = st.builds(
     lambda source, rest: {"source": source, **rest},
-    TEXTS,
+    TEXTS.filter(bool),
     some(
         label=TEXTS,
         text_pair=TEXTS,

@@ -60,20 +60,20 @@ KIND = [
     ({"losses": []}, "losses: got an empty list, needs 1 or more of them."),
     (
         {"teacher": {"kind": "lokal", "model": "m"}},
-        "teacher.kind: got 'lokal', needs local, finetune, recorded, run or mixture. Did you mean local?",
+        "teacher.kind: got 'lokal', needs local, openai, finetune, recorded, run or mixture. Did you mean local?",
     ),
-    ({"teacher": None}, "teacher: got null, needs a mapping with kind: local, finetune, recorded, run or mixture."),
+    (
+        {"teacher": None},
+        "teacher: got null, needs a mapping with kind: local, openai, finetune, recorded, run or mixture.",
+    ),
 ]
+NO_SOURCE = "is not there; name a file, a folder, a Hugging Face id or sample:NAME."
 MISSING = [
     (without("name"), "name: missing. Name of the run; letters, digits, dot, dash, underscore."),
-    (without("data"), "data: missing. Give a mapping. Where the words come from and how they are packed."),
+    (without("data"), f"data.source: {NO_SOURCE}"),
     (without("student"), "student: missing. Give a mapping with kind: layers, model or config."),
     (without("losses"), f"losses: missing. Give a list of mappings, each with kind: {KINDS}."),
-    (
-        {"data": {}},
-        "data.source: missing. A file (.jsonl, .parquet, .csv, .txt), a folder of such files, "
-        "a Hugging Face `datasets` id, or `sample:NAME`.",
-    ),
+    ({"data": {}}, f"data.source: {NO_SOURCE}"),
     ({"training": {"steps": 3, "betas": [0.9]}}, "training.betas[1]: missing. Give a number."),
 ]
 VALUES = [

@@ -54,7 +54,7 @@ def test_the_order_of_patterns_survives_the_saved_recipe(tmp_path):
         ("{kind: run, recipe: 3}", r"^teacher\.recipe: got 3, needs text"),
         (
             "{kind: rum, recipe: x}",
-            r"^teacher\.kind: got 'rum', needs local, finetune, recorded, run or mixture\. Did you mean run\?",
+            r"^teacher\.kind: got 'rum', needs local, openai, finetune, recorded, run or mixture\. Did you mean run\?",
         ),
         ("{kind: finetune, model: m}", r"^teacher\.training: missing\. How it is trained: on hard labels\.$"),
         (

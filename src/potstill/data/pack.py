@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO, Literal, Self
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ _EXAMPLE_STARTS = "example_starts.npy"  # int64 [documents + 1], where its line 
 _SPOOL = "spool.bin"
 _DTYPES = {**dict.fromkeys(_TOKENS, "<i4"), **dict.fromkeys((_ROW_STARTS, _DOCUMENTS, _EXAMPLE_STARTS), "<i8")}
 _ROWS_AT_ONCE = 256
+_OF_CONVERSATIONS = ("conversations", "overlong")
 
 WINDOW_PIECES = 2**18
 """Pieces that are packed together: enough that rows are full and well mixed, few enough to be planned in memory."""
@@ -59,6 +60,15 @@ class PackedStats:
     rows: int
     tokens: int
     supervised: int
+    conversations: int = 0
+    """Encodings of conversations that were read: one of each, or one an answer."""
+    overlong: int = 0
+    """Those of them that were left out whole, since their answers end beyond a row."""
+
+    @property
+    def overlong_share(self) -> float:
+        """Share of the encodings of conversations that was left out."""
+        return self.overlong / max(1, self.conversations)
 
     @property
     def fill(self) -> float:
@@ -77,6 +87,9 @@ class RowWriter:
     With a `frame` (the ids of [CLS] and [SEP], say) a piece is the one, up to sequence_length - 2 tokens and the other.
     Each token that is learned is its own target, once; those of the frame are none.
 
+    With `overlong` drop, a conversation whose last learned token lies beyond one piece is left out whole, and counted:
+    its pieces would teach to begin without an end, and to end without a beginning. Text is cut all the same.
+
     Every `window` pieces are packed into rows by best fit, and these are shuffled by `seed`; a row holds pieces of one
     window only. Memory holds some bytes for each piece of a window, whatever the corpus; tokens pass through a file.
     """
@@ -90,12 +103,13 @@ class RowWriter:
         seed: int = 0,
         window: int = WINDOW_PIECES,
         frame: tuple[int, int] | None = None,
+        overlong: Literal["split", "drop"] = "split",
     ) -> None:
         """Begin a folder, which stops being one that opens. Raises OSError where it cannot be written."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _STATS).unlink(missing_ok=True)  # written last: without it the folder does not open
         self._folder, self._length, self._pad_id, self._window = folder, sequence_length, pad_id, window
-        self._random, self._frame = np.random.default_rng(seed), frame
+        self._random, self._frame, self._overlong = np.random.default_rng(seed), frame, overlong
         self._lengths, self._documents = array("q"), array("q")  # of the window's pieces
         self._last_id: str | None = None
         self._counts: Counter[str] = Counter()
@@ -126,6 +140,11 @@ class RowWriter:
         """Take up one document. Raises OSError where the disk is full."""
         if document.id != self._last_id:
             self._name(document)
+        if document.conversation:
+            self._counts["conversations"] += 1
+            if self._overlong == "drop" and any(document.learn[self._length + 1 :]):
+                self._counts["overlong"] += 1
+                return
         for piece in _cut(document, self._length, self._frame):
             targets = np.flatnonzero(piece[1] != IGNORE)
             if not targets.size:
@@ -148,6 +167,11 @@ class RowWriter:
         """
         if self._lengths:
             self._pack_window()
+        if not self._counts["rows"] and self._counts["overlong"]:
+            raise DataError(
+                f"data.sequence_length: none of the {self._counts['overlong']} conversations of {self._folder.name} "
+                f"fits into {self._length} tokens, and none is cut. Raise it."
+            )
         if not self._counts["rows"]:
             raise DataError(
                 f"data: nothing is to be learned in the {self._counts['documents']} documents of {self._folder.name}. "
@@ -159,7 +183,9 @@ class RowWriter:
         self._resources.close()
         counts = {name: self._counts[name] for name in PackedStats.__dataclass_fields__}
         stats = PackedStats(**counts | {"sequence_length": self._length})
-        (self._folder / _STATS).write_text(json.dumps(asdict(stats), indent=1), encoding="utf-8")
+        # Without conversations the file is that of every version, byte by byte.
+        told = {name: count for name, count in asdict(stats).items() if count or name not in _OF_CONVERSATIONS}
+        (self._folder / _STATS).write_text(json.dumps(told, indent=1), encoding="utf-8")
         return stats
 
     def _name(self, document: Encoded) -> None:
@@ -204,6 +230,7 @@ def write_rows(
     seed: int = 0,
     window: int = WINDOW_PIECES,
     frame: tuple[int, int] | None = None,
+    overlong: Literal["split", "drop"] = "split",
 ) -> PackedStats:
     """Pack all documents into the rows of one folder, as `RowWriter` does.
 
@@ -211,9 +238,8 @@ def write_rows(
         DataError: nothing is to be learned in any document.
         OSError: the folder cannot be written, or the disk is full.
     """
-    with RowWriter(
-        folder, sequence_length=sequence_length, pad_id=pad_id, seed=seed, window=window, frame=frame
-    ) as writer:
+    options = {"sequence_length": sequence_length, "pad_id": pad_id, "seed": seed, "window": window}
+    with RowWriter(folder, **options, frame=frame, overlong=overlong) as writer:
         for document in encoded:
             writer.add(document)
         return writer.finish()

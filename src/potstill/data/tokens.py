@@ -25,7 +25,7 @@ from potstill.types import IGNORE, Batch, Role
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Overlong", "TextRows", "bucketed_order"]
+__all__ = ["POOLED_BATCHES", "Overlong", "TextRows", "bucketed_order"]
 
 Overlong = Literal["truncate", "drop", "refuse"]
 Int64s = NDArray[np.int64]
@@ -33,7 +33,7 @@ Int64s = NDArray[np.int64]
 _TOKENISED_AT_ONCE = 1024
 _BLANK = "?"
 """What stands for a word of which a tokenizer makes nothing."""
-_POOLED_BATCHES = 50
+POOLED_BATCHES = 50
 """Batches whose rows are sorted by length together: many enough that they are of like length, few enough to mix."""
 
 
@@ -183,16 +183,19 @@ class TextRows:
         )
 
 
-def bucketed_order(lengths: Int64s, *, batch_rows: int, seed: int) -> Callable[[int], Tensor]:
+def bucketed_order(
+    lengths: Int64s, *, batch_rows: int, seed: int, pooled: int = POOLED_BATCHES
+) -> Callable[[int], Tensor]:
     """For every epoch an order of the rows in which those of one batch are of like length. int64 [rows].
 
-    Rows are shuffled, sorted by length within pools of 50 batches, and the batches shuffled. Those that fill no batch
-    come first and last, so many first as the batch lacks that the epoch before has begun: `batch_rows` successive rows
-    of the whole training, from its first on, are a batch. Every row stands there once, and the order is a function of
-    lengths, seed and epoch only.
+    Rows are shuffled, sorted by length within pools of `pooled` batches, and the batches shuffled; with 1, batches are
+    drawn at random and only sorted, so that the parts of a batch that accumulate are of like length. Those that fill no
+    batch come first and last, so many first as the batch lacks that the epoch before has begun: `batch_rows` successive
+    rows of the whole training, from its first on, are a batch. Every row stands there once, and the order is a function
+    of lengths, seed and epoch only.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
-    pool = _POOLED_BATCHES * batch_rows
+    pool = pooled * batch_rows
 
     def order(epoch: int) -> Tensor:
         random = np.random.default_rng([seed, epoch])

@@ -18,6 +18,7 @@ from potstill.evaluation.intervals import Quantity, exact_interval
 from potstill.evaluation.latency import AT_ONCE, Latency, Round, cost_usd_per_1000, measure_latency
 from potstill.evaluation.quality import DocumentScores, compare_arms, score_arm
 from potstill.evaluation.scope import Confidences, Threshold, choose_threshold, measure_scope, score_confidence
+from potstill.evaluation.solving import PASS, compare_likelihoods, compare_solvers
 from potstill.evaluation.speed import Speed, folder_bytes, measure_speed
 from potstill.evaluation.temperature import HIGHEST, LOWEST, fit_temperature
 from potstill.evaluation.words import marks_entities, measure_entities
@@ -27,6 +28,7 @@ __all__ = [
     "BINS",
     "HIGHEST",
     "LOWEST",
+    "PASS",
     "TOLD_SLICES",
     "ClassRow",
     "Confidences",
@@ -48,7 +50,9 @@ __all__ = [
     "compare_arms",
     "compare_classes",
     "compare_embeddings",
+    "compare_likelihoods",
     "compare_likeness",
+    "compare_solvers",
     "cost_usd_per_1000",
     "exact_interval",
     "fit_temperature",

@@ -1,6 +1,6 @@
 """Who answers texts in the evaluation: every arm, from a raw text to its answer, as its user would have it answer.
 
-Refuses to answer for a teacher that is not here: what was recorded is looked up.
+Refuses to answer for a teacher that is not here: what was recorded is looked up, and an API asked.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from potstill.pipeline.answers import read_answers
 from potstill.pipeline.cast import Cast, cast_of
 from potstill.pipeline.examine import Answerer
 from potstill.pipeline.inspection import count_parameters
+from potstill.pipeline.labelling import opened_labeller
 from potstill.pipeline.memory import release_memory
 from potstill.pipeline.places import resolve_model
 from potstill.pipeline.progress import Meter
+from potstill.pipeline.stopping import Stopping
 from potstill.recipes import Recipe
-from potstill.recipes.schema import RecordedTeacher
+from potstill.recipes.schema import OpenAITeacher, RecordedTeacher
 from potstill.students import StaticAnswers, load_static
 from potstill.types import IGNORE, Batch, Logits, Wants
 
@@ -46,6 +48,8 @@ def answering(
             yield _Static(arm, load_static(arms[arm]), [str(arms[arm])])
         elif arm == "teacher" and isinstance(recipe.teacher, RecordedTeacher):
             yield _Recorded(arm, build.open_recorded(recipe.teacher, task))
+        elif arm == "teacher" and isinstance(recipe.teacher, OpenAITeacher):
+            yield _Api(arm, recipe, task)
         else:
             yield _open_model(recipe, prepared, arm, arms.get(arm))
         release_memory()  # the next arm must not find it in memory
@@ -184,3 +188,28 @@ class _Recorded:
         if meter:
             meter.advance(len(texts))
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Api:
+    """A teacher behind an API: it is asked what its ledger does not know, and not timed."""
+
+    name: str
+    recipe: Recipe
+    task: Cast
+    parameters: int = 0
+    places: Sequence[str] = ()
+    query: None = None
+
+    def cut(self, texts: Sequence[LabelledText]) -> int:  # noqa: ARG002
+        """None: it is sent texts whole."""
+        return 0
+
+    def scores(self, texts: Sequence[LabelledText], meter: Meter | None = None) -> NDArray[np.float32]:
+        """Log-probabilities of classes, one row a text; NaN where it has no answer that can be used."""
+        silent_C = np.full(len(self.task.labels), np.nan, np.float32)
+        with opened_labeller(self.recipe, self.task, lambda _: None, Stopping()) as (labeller, _):
+            answers = [silent_C if one is None else one.scores_C for one in labeller.label(texts)]
+        if meter:
+            meter.advance(len(texts))
+        return np.stack(answers)

@@ -1,14 +1,16 @@
 """The stage capture of tasks over texts: the teacher answers every text once; and its answers, read back.
 
 Answers are kept in a store under a key of the text's content and of what else an answer depends on, not of its tokens:
-teacher and student may have different tokenizers. Refuses to ask again what the store knows.
+teacher and student may have different tokenizers. A model is asked about training and validation texts; an API also
+about the test texts, first of all, so that a budget is not spent without them. Refuses to ask again what the store
+knows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,13 +20,14 @@ import torch
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from potstill.data import LabelledText
+from potstill.data import LabelledText, Split
 from potstill.engines import EnsembleEngine
 from potstill.engines.local import load_config
 from potstill.errors import Interrupted, StoreError
 from potstill.pipeline import build
 from potstill.pipeline.cast import Cast, cast_of
 from potstill.pipeline.features import FeatureReader, Features, capture_features, features_of
+from potstill.pipeline.labelling import ask_labels, question_of
 from potstill.pipeline.lessons import Inputs
 from potstill.pipeline.memory import release_memory
 from potstill.pipeline.objective import Answers, build_objective, wants_of
@@ -36,26 +39,54 @@ from potstill.pipeline.rundir import RunDir, Stage
 from potstill.pipeline.stopping import Stopping
 from potstill.pipeline.texts import open_texts
 from potstill.recipes import Recipe
-from potstill.recipes.schema import MixtureTeacher, StoredSignals
+from potstill.recipes.schema import MixtureTeacher, OpenAITeacher, StoredSignals
 from potstill.recipes.signals import DenseSignals
 from potstill.signals import Encoding, SignalSpec, Store, encoding_of, open_store, reopen_store
 from potstill.types import Batch, Logits, Reader, Role, Signal, Wants
 
-__all__ = ["AnswerReader", "capture_answers", "open_answers", "read_answers"]
+__all__ = ["AnswerReader", "capture_answers", "draw_test_texts", "open_answers", "read_answers"]
 
-SPLITS = ("train", "validation")
+SPLITS: tuple[Split, ...] = ("train", "validation")
 """Whose texts the teacher is asked about: the test texts it answers in the evaluation, where it is also timed."""
 
 COMMITTED_TEXTS = 2048
 """Texts whose answers are committed together."""
 
+UNANSWERED = "unanswered.npy"
+"""Keys of the texts to which an API gave no answer: uint8 [texts, 16]."""
+
 
 class AnswerReader:
     """What a store knows of texts, as a teacher: a `Reader` that runs no model."""
 
-    def __init__(self, store: Store, encoding: Encoding, salt: bytes, *, vectors: bool = False) -> None:
-        """`salt` as when the answers were kept; `vectors` says that an answer is a vector, not scores of classes."""
+    def __init__(
+        self,
+        store: Store,
+        encoding: Encoding,
+        salt: bytes,
+        *,
+        vectors: bool = False,
+        unanswered: frozenset[bytes] = frozenset(),
+    ) -> None:
+        """`salt` as when the answers were kept; `vectors` says that an answer is a vector, not scores of classes.
+
+        `unanswered` are the keys of answers that the teacher was asked for in vain.
+        """
         self._store, self._encoding, self._salt, self._vectors = store, encoding, salt, vectors
+        self._unanswered = unanswered
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether the teacher gave no answer to some texts: batches are to be marked before they are read."""
+        return bool(self._unanswered)
+
+    def mark(self, batch: Batch) -> Batch:
+        """The batch in which the teacher does not speak of texts to which it gave no answer."""
+        if batch.taught_BT is None:
+            return batch
+        silent = [salted(key, self._salt) in self._unanswered for key in batch.keys]
+        silent_B1 = torch.tensor(silent, device=batch.taught_BT.device)[:, None]
+        return replace(batch, taught_BT=batch.taught_BT & ~silent_B1)
 
     def read(self, batch: Batch, wants: Wants) -> Signal:
         """What the teacher answered, at the positions where it speaks, in batch order.
@@ -65,7 +96,9 @@ class AnswerReader:
         """
         if wants.layers or wants.attentions or wants.vectors:
             raise ValueError("hidden states and attention are not in a store of answers: ask the teacher itself.")
-        keys = [salted(key, self._salt) for key in batch.keys]
+        taught_BT = batch.supervised_BT if batch.taught_BT is None else batch.taught_BT
+        asked = [(row, count) for row, count in enumerate(taught_BT.sum(1).tolist()) if count]
+        keys = [salted(batch.keys[row], self._salt) for row, _ in asked]
         absent = self._store.missing(keys)
         if absent:
             raise StoreError(
@@ -73,9 +106,8 @@ class AnswerReader:
                 "batch. Run the same command again: what is missing is captured first."
             )
         found = self._store.read(keys)
-        counts = batch.spoken_BT.sum(1).tolist()
-        rows, start = [], 0
-        for number, (count, there) in enumerate(zip(counts, found.counts, strict=True)):
+        rows, start = [np.arange(0)], 0
+        for (number, count), there in zip(asked, found.counts, strict=True):
             if there < count:
                 raise StoreError(
                     f"signals.store: the teacher answered {there} of the {count} words of {batch.examples[number][0]}: "
@@ -124,19 +156,28 @@ def capture_answers(recipe: Recipe, stage: Stage, inputs: Inputs, stopping: Stop
     texts = _asked(inputs.prepared, book.salt)
     missing = book.store.missing(list(texts))
     began, tokens = time.monotonic(), 0
-    if missing:
+    told: dict[str, JsonValue] = {}
+    if isinstance(recipe.teacher, OpenAITeacher):
+        with stopping.held():
+            told = _ask_api(recipe, inputs, book, missing, stage=stage, stopping=stopping)
+    elif missing:
         teacher = build.build_teacher(recipe, inputs.prepared)
         with metered("capture", len(missing), "texts") as meter, stopping.held():
             tokens = _take_down(book, teacher, [(key, texts[key]) for key in missing], meter=meter, stopping=stopping)
         del teacher
         release_memory()
     behind = _capture_behind(recipe, inputs, book, stage.folder, stopping=stopping)
-    left = len(book.store.missing(list(texts)))
+    left = frozenset(book.store.missing(list(texts)))
     if left and stopping.asked():
-        raise Interrupted(f"stopped after {len(missing) - left} of {len(missing)} texts; the same command continues.")
-    _keep_plan(stage.folder / PLAN, list(texts), set(missing))
-    facts = _facts(book, len(texts), len(missing), tokens=tokens, seconds=time.monotonic() - began)
-    stage.finish(PLAN, *([FEATURES] if behind else []), **facts, **behind)
+        stored = len(missing) - len(left)
+        raise Interrupted(f"stopped after {stored} of {len(missing)} texts; the same command continues.")
+    _keep_plan(stage.folder / PLAN, [key for key in texts if key not in left], set(missing))
+    if told:
+        np.save(stage.folder / UNANSWERED, np.frombuffer(b"".join(sorted(left)), np.uint8).reshape(-1, 16))
+    facts = _facts(
+        book, len(texts) - len(left), len(missing) - len(left), tokens=tokens, seconds=time.monotonic() - began
+    )
+    stage.finish(PLAN, *([FEATURES] if behind else []), *([UNANSWERED] if told else []), **facts, **behind, **told)
 
 
 def open_answers(recipe: Recipe, inputs: Inputs) -> Reader:
@@ -145,7 +186,10 @@ def open_answers(recipe: Recipe, inputs: Inputs) -> Reader:
     facts: Any = RunDir(captured.parent).manifest(captured.name).facts
     store, spec = reopen_store(facts["store"], cache=cache_folder()), SignalSpec.from_json(facts["spec"])
     vectors, salt = Role(recipe.task.kind) is Role.ENCODER, bytes.fromhex(facts["salt"])
-    answers = AnswerReader(store, encoding_of(spec), salt, vectors=vectors)
+    unanswered = frozenset[bytes]()
+    if isinstance(recipe.teacher, OpenAITeacher):
+        unanswered = frozenset(key.tobytes() for key in np.load(captured / UNANSWERED))
+    answers = AnswerReader(store, encoding_of(spec), salt, vectors=vectors, unanswered=unanswered)
     features = _features(recipe, inputs) if "features" in facts else None
     if features is None:
         return answers
@@ -215,16 +259,62 @@ def _open(recipe: Recipe, inputs: Inputs) -> _Book:
         raise ValueError("signals.kind=online keeps nothing: there is no store")
     spec = SignalSpec("dense", inputs.vocabulary)
     stamp = stamp_for(recipe, spec)
-    weights = [member.weight for member in recipe.teacher.members] if isinstance(recipe.teacher, MixtureTeacher) else []
-    said = repr((cast.role, cast.labels, cast.multi_label, cast.pooling, cast.normalise, cast.length, weights))
+    said = repr(_question(recipe, cast))
     store = open_store(place_for(recipe, stamp), stamp, 4 * inputs.vocabulary, cache=cache_folder())
     salt = hashlib.blake2b(said.encode(), digest_size=16).digest()
     return _Book(store, encoding_of(spec), cast, salt, signals.batch_tokens)
 
 
-def _asked(prepared: Path, salt: bytes) -> dict[bytes, LabelledText]:
+def _question(recipe: Recipe, cast: Cast) -> object:
+    """What besides the text decides an answer of this teacher."""
+    if isinstance(recipe.teacher, OpenAITeacher):
+        question = question_of(recipe, cast)
+        return question, question.request(LabelledText("", ""))  # with its wording
+    weights = [member.weight for member in recipe.teacher.members] if isinstance(recipe.teacher, MixtureTeacher) else []
+    return cast.role, cast.labels, cast.multi_label, cast.pooling, cast.normalise, cast.length, weights
+
+
+def draw_test_texts(recipe: Recipe, prepared: Path) -> tuple[list[LabelledText], int]:
+    """The test texts that the evaluation asks about, drawn by the seed where it is limited; how many there are."""
+    texts, most = open_texts(prepared, "test"), recipe.evaluation.max_documents
+    chosen = sorted(np.random.default_rng(recipe.seed).permutation(len(texts))[:most].tolist())
+    return [texts[place] for place in chosen], len(texts)
+
+
+def _ask_api(
+    recipe: Recipe, inputs: Inputs, book: _Book, missing: Sequence[bytes], *, stage: Stage, stopping: Stopping
+) -> dict[str, JsonValue]:
+    """Ask an API about what the store lacks, and about the test texts; returns what is to be told of it."""
+    test, lacking = draw_test_texts(recipe, inputs.prepared)[0], frozenset(missing)
+    split_texts = {split: _asked(inputs.prepared, book.salt, (split,)) for split in SPLITS}
+    found = {split: [key for key in texts if key in lacking] for split, texts in split_texts.items()}
+    asked: Mapping[Split, Sequence[LabelledText]] = {
+        "test": test,
+        "validation": [split_texts["validation"][key] for key in found["validation"]],
+        # By their keys, which say nothing of them: files are often sorted by class, and a budget may end midway.
+        "train": [split_texts["train"][key] for key in sorted(found["train"])],
+    }
+    totals: Mapping[Split, int] = {"test": len(test), **{split: len(texts) for split, texts in split_texts.items()}}
+    with book.store.writer() as writer:
+
+        def keep(text: LabelledText, scores_C: NDArray[np.float32]) -> None:
+            if (key := salted(text.key, book.salt)) in lacking:
+                writer.append(key, _records(book, scores_C[None]))
+
+        told = ask_labels(recipe, book.cast, asked, totals, keep=keep, stage=stage.folder.name, stopping=stopping)
+        writer.commit()
+    book.store.refresh()
+    return told
+
+
+def _records(book: _Book, answer_NC: NDArray[np.float32]) -> NDArray[np.uint8]:
+    selected = book.encoding.select(torch.from_numpy(answer_NC), torch.zeros(len(answer_NC), 0))
+    return book.encoding.pack(selected)
+
+
+def _asked(prepared: Path, salt: bytes, splits: Sequence[Split] = SPLITS) -> dict[bytes, LabelledText]:
     """The texts that training and validation will ask about, each once, by the key of its answer."""
-    texts = [text for split in SPLITS for text in open_texts(prepared, split)]
+    texts = [text for split in splits for text in open_texts(prepared, split)]
     return {salted(text.key, salt): text for text in texts if text.origin is None}
 
 
@@ -239,8 +329,7 @@ def _take_down(
             told = read_answers(teacher, book.cast, [text for _, text in window], batch_tokens=book.batch_tokens)
             for numbers, answers in told:
                 for number, answer_NC in zip(numbers, answers, strict=True):
-                    selected = book.encoding.select(torch.from_numpy(answer_NC), torch.zeros(len(answer_NC), 0))
-                    writer.append(window[number][0], book.encoding.pack(selected))
+                    writer.append(window[number][0], _records(book, answer_NC))
                 meter.advance(len(numbers))
                 tokens += len(numbers)
             writer.commit()

@@ -24,7 +24,7 @@ from potstill.pipeline.course import Course, begin, take
 from potstill.pipeline.lessons import Inputs, open_lessons
 from potstill.pipeline.objective import Answers, build_examiner, build_objective, terms_of, wants_of
 from potstill.pipeline.places import STUDENT
-from potstill.pipeline.rows import held_out_batches, held_out_lessons, open_rows
+from potstill.pipeline.rows import CONTROL, Silent, TaskRows, held_out_batches, held_out_lessons, open_rows
 from potstill.pipeline.rundir import Stage
 from potstill.pipeline.stopping import Stopping
 from potstill.pipeline.tutor import labelled_rows
@@ -98,10 +98,12 @@ def _assemble(recipe: Recipe, inputs: Inputs, arm: Arm) -> tuple[Course, Any, An
     examiner = build_examiner(answers, *configs)
     tokenizer = load_tokenizer(folder, "student")
     student = role.load(folder, "fp32", accelerator.device, "student", eager=needs_eager(objective.wants()[0]))
-    rows = open_rows(recipe, role, inputs.prepared, tokenizer=tokenizer, batch_rows=settings.batch_rows)
+    rows = open_rows(recipe, role, inputs.prepared, tokenizer=tokenizer, training=settings)
     steps = build.count_steps(recipe, len(rows))
-    if arm == "control":
-        rows = labelled_rows(rows, role, settings.batch_rows, "control.enabled: true")
+    if arm == "control" and recipe.generate:
+        rows = TaskRows(PackedRows(inputs.prepared / CONTROL))
+    elif arm == "control":
+        rows = labelled_rows(rows, role, settings, "control.enabled: true")
     lessons = lessons_for(recipe, inputs, (objective, examiner), tokenizer=tokenizer, device=accelerator.device)
     build.compile_blocks(recipe, steps, student, lessons.models)
     source = RowSource(
@@ -140,7 +142,10 @@ def lessons_for(
     asks, role = bool(objective.needs), cast_of(recipe, inputs.prepared)
     if inputs.captured and role.causal:
         return _stored_lessons(recipe, inputs, device, asks=asks)
-    teacher, models = open_teacher(recipe, inputs, eager=needs_eager(wants_of(objective)))
+    if recipe.generate:
+        teacher, models = Silent(), ()
+    else:
+        teacher, models = open_teacher(recipe, inputs, eager=needs_eager(wants_of(objective)))
     batches = held_out_batches(
         recipe,
         role,

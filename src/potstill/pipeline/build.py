@@ -48,13 +48,14 @@ from potstill.recipes.schema import (
     LocalTeacher,
     Member,
     MixtureTeacher,
+    OpenAITeacher,
     Recipe,
     RecordedTeacher,
     RunTeacher,
     Training,
     WSDSchedule,
 )
-from potstill.students import cut_layers, even_layers, fresh_model, to_distilbert
+from potstill.students import add_adapters, cut_layers, even_layers, find_targets, fresh_model, to_distilbert
 from potstill.students.blocks import find_blocks
 from potstill.training import Plan, learning_rate_factor
 from potstill.types import Role
@@ -66,6 +67,7 @@ __all__ = [
     "build_stand_in",
     "build_teacher",
     "build_trainable",
+    "check_adapters",
     "check_recorded",
     "check_sources",
     "compile_blocks",
@@ -140,14 +142,14 @@ def check_recorded(recipe: Recipe, cast: Cast, texts: Mapping[Split, Sequence[La
 def teachers_of(recipe: Recipe) -> Mapping[str, Member]:
     """The models that teach, each under its key in the recipe; one that teaches alone is its only member.
 
-    Of a teacher that is trained first, the model that it begins as; of recorded answers, none.
+    Of a teacher that is trained first, the model that it begins as; of recorded answers or an API, none.
     """
     match recipe.teacher:
         case LocalTeacher(model=model) | FinetuneTeacher(model=model):
             return {"teacher.model": Member(model=model)}
         case MixtureTeacher(members=members):
             return {f"teacher.members[{number}].model": member for number, member in enumerate(members)}
-        case RecordedTeacher():
+        case RecordedTeacher() | OpenAITeacher():
             return {}
     raise ValueError("teacher.kind=run has no model of its own: settle the recipe first, when its assistant is trained")
 
@@ -229,10 +231,12 @@ _WHAT = {
 def build_stand_in(recipe: Recipe, teacher: Any) -> Any:
     """A model as large as the student will be; which layers and weights it has is left open.
 
-    Takes and makes models with weights or without. Raises RecipeError or ModelError where there can be no such student.
+    Takes and makes models with weights or without; `teacher` is None where none is here. Raises RecipeError or
+    ModelError where there can be no such student.
     """
     student, role = recipe.student, Role(recipe.task.kind)
     if isinstance(student, LayersStudent):
+        teacher = teacher if student.model is None else _model_like(student.model, teacher, role, recipe.seed)
         depth = teacher.config.get_text_config().num_hidden_layers
         keep = even_layers(depth, student.count) if isinstance(student.keep, str) and student.count else student.keep
         cut = cut_layers(teacher, [int(layer) for layer in keep])
@@ -240,20 +244,44 @@ def build_stand_in(recipe: Recipe, teacher: Any) -> Any:
     if isinstance(student, FreshStudent):
         sizes = student.config.model_dump(exclude_none=True)
         return fresh_model(teacher.config, sizes, recipe.seed, teacher.device.type, kind=AUTO_CLASSES[role])
-    config = load_config(resolve_model(student.model, "student.model"), "student.model")
+    return _model_like(student.model, teacher, role, recipe.seed)
+
+
+def _model_like(model: str, teacher: Any, role: Role, seed: int) -> Any:
+    """A model of this one's config, with random weights where the teacher has some, else without."""
+    config = load_config(resolve_model(model, "student.model"), "student.model")
     if teacher is None or teacher.device.type == "meta":
         return blank_model(config, "student.model", role)
-    return fresh_model(config, {}, recipe.seed, kind=AUTO_CLASSES[role])
+    return fresh_model(config, {}, seed, kind=AUTO_CLASSES[role])
 
 
 def build_trainable(recipe: Recipe, student: Any, training: Training | None = None) -> nn.Module:
     """The student in training mode, as the recipe (or another training of it) wants it trained."""
     settings = training or recipe.training
+    if settings.lora is not None:
+        key = "training.lora" if training is None else "teacher.training.lora"
+        check_adapters(recipe, settings, student, key)
+        add_adapters(student, **settings.lora.model_dump(), key=key)
     if settings.freeze_embeddings:
         student.get_input_embeddings().requires_grad_(False)
     if settings.gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        student.activation_checkpointing_enable({"use_reentrant": False})
     return cast_of(recipe).trainable(student.train(), settings.precision)
+
+
+def check_adapters(recipe: Recipe, training: Training, student: Any, key: str = "training.lora") -> None:
+    """Raises RecipeError or MissingExtra where this training asks for adapters that the model cannot have.
+
+    A model without weights will do.
+    """
+    if training.lora is None:
+        return
+    if Role(recipe.task.kind) is not Role.CAUSAL:
+        raise RecipeError(
+            f"{key}: is for language models, but task.kind={recipe.task.kind}, whose models are small enough to be "
+            "trained whole, and must be where their heads are new. Leave lora out."
+        )
+    find_targets(student, training.lora.targets, key)
 
 
 def compile_blocks(recipe: Recipe, steps: int, student: Any, teachers: Sequence[Any]) -> None:

@@ -13,7 +13,14 @@ from pathlib import Path
 from potstill.errors import Interrupted, PotstillError, RecipeError
 from potstill.pipeline.places import STUDENT
 from potstill.recipes import Recipe, load_recipe
-from potstill.recipes.schema import FinetuneTeacher, LocalTeacher, PretrainedStudent, Report, RunTeacher, TextTask
+from potstill.recipes.schema import (
+    FinetuneTeacher,
+    LocalTeacher,
+    PretrainedStudent,
+    Report,
+    RunTeacher,
+    TextTask,
+)
 
 __all__ = [
     "PhaseStudent",

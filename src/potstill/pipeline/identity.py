@@ -5,6 +5,8 @@ Importing this module is cheap. Refuses to open a model or a data file: they cou
 
 from __future__ import annotations
 
+from urllib.parse import urlsplit
+
 from potstill.pipeline.chain import before, load_chain, phases_of
 from potstill.pipeline.places import identify
 from potstill.recipes import Recipe, fingerprint
@@ -13,13 +15,16 @@ from potstill.recipes.schema import (
     Embedding,
     FinetuneTeacher,
     LanguageModel,
+    LayersStudent,
     MixtureTeacher,
+    OpenAITeacher,
     PretrainedStudent,
     RecordedTeacher,
     RunTeacher,
     StoredSignals,
 )
 from potstill.recipes.signals import DenseSignals
+from potstill.recipes.verify import FunctionVerifier, SchemaVerifier
 
 __all__ = ["stage_fingerprints"]
 
@@ -40,7 +45,11 @@ def stage_fingerprints(recipe: Recipe) -> dict[str, str]:
     """What decides each stage's result: its part of the recipe, its inputs, and the stages before it."""
     tokenizer, teacher = _identify_teacher(recipe)
     training = recipe.training.model_dump(exclude=FREE_TRAINING_KEYS)
-    found = {"prepare": fingerprint(["prepare", ROWS, *_identify_data(recipe, tokenizer)])}
+    found: dict[str, str] = {}
+    if recipe.generate:
+        found["generate"] = fingerprint(["generate", *_identify_writing(recipe), teacher])
+    written = [found["generate"]] if recipe.generate else []
+    found["prepare"] = fingerprint(["prepare", ROWS, *_identify_data(recipe, tokenizer), *written])
     if isinstance(recipe.teacher, FinetuneTeacher):
         settings = recipe.teacher.model_dump(exclude={"dtype": True, "device": True, "training": FREE_TRAINING_KEYS})
         # The model that it begins as, not how it teaches afterwards: it is trained in full precision.
@@ -71,6 +80,17 @@ def stage_fingerprints(recipe: Recipe) -> dict[str, str]:
     return found
 
 
+def _identify_writing(recipe: Recipe) -> list[object]:
+    """What decides what a teacher is asked to write, and what is kept of it."""
+    asked = recipe.generate
+    files = [
+        identify(verify.file)
+        for verify in [asked and asked.verify]
+        if isinstance(verify, FunctionVerifier | SchemaVerifier)
+    ]
+    return [asked, recipe.data, recipe.data.source and identify(recipe.data.source), recipe.seed, files]
+
+
 def _identify_data(recipe: Recipe, tokenizer: object) -> list[object]:
     """What decides the rows: tokens of packed ones; of texts, what the task makes of their labels.
 
@@ -89,7 +109,7 @@ def _identify_student(recipe: Recipe) -> list[object]:
     """What decides the student that begins."""
     for phase in before(recipe):
         return ["phase", stage_fingerprints(phase)["train"]]
-    own = recipe.student.model if isinstance(recipe.student, PretrainedStudent) else None
+    own = recipe.student.model if isinstance(recipe.student, PretrainedStudent | LayersStudent) else None
     return [recipe.student, own and identify(own)]
 
 
@@ -105,6 +125,13 @@ def _identify_teacher(recipe: Recipe) -> tuple[object, object]:
         # As lists, since the order of patterns counts and that of a mapping's keys does not.
         members = [[one.weight, list(one.sources.items()), one.model, identify(one.model)] for one in teacher.members]
         return identify(teacher.members[0].model), [teacher.kind, teacher.dtype, members]
+    if isinstance(teacher, OpenAITeacher):
+        # Not how hard and at what cost it is asked: the same words come of it. Nor the port of a server.
+        host = urlsplit(teacher.base_url).hostname
+        own: list[object] = [teacher.kind, teacher.model, teacher.api, teacher.reasoning, host, teacher.tokenizer]
+        own.append(teacher.budget.partial)
+        base = getattr(recipe.student, "model", None)
+        return base and identify(base), own
     if isinstance(teacher, RecordedTeacher):
         return None, [teacher, identify(teacher.path)]
     if isinstance(teacher, FinetuneTeacher):

@@ -98,16 +98,15 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
         _check_length(recipe, teacher, "teacher")
     student = _blank_student(recipe, teachers[0] if teachers else None)
     _check_length(recipe, student, "student")
+    build.check_adapters(recipe, recipe.training, student)
+    if isinstance(recipe.teacher, FinetuneTeacher):
+        build.check_adapters(recipe, recipe.teacher.training, teachers[0], "teacher.training.lora")
     student_tokenizer = _student_tokenizer(recipe, tokenizer)
     if recipe.over_texts:
         return _inspect_texts(
             recipe, Inspection(teachers, student, tokenizer or student_tokenizer, student_tokenizer, 0)
         )
-    vocabulary = shared_vocabulary(tokenizer, student_tokenizer)
-    with init_empty_weights():
-        build_objective(recipe.losses, Answers.of(recipe, vocabulary), student.config, teachers[0].config)
-    heads = [model.get_output_embeddings().weight.shape[0] for model in (*teachers, student)]
-    found = Inspection(teachers, student, tokenizer, student_tokenizer, min(vocabulary, *heads))
+    found = _inspect_tokens(recipe, Inspection(teachers, student, tokenizer or student_tokenizer, student_tokenizer, 0))
     if not isinstance(recipe.signals, StoredSignals):
         return found
     spec = spec_for(recipe, found.vocabulary, teachers[0].config)
@@ -115,6 +114,16 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
         check_place(recipe.signals.store)
         check_store(recipe, spec)
     return replace(found, record_bytes=encoding_of(spec).stride)
+
+
+def _inspect_tokens(recipe: Recipe, found: Inspection) -> Inspection:
+    """The same with the tokens that all models share, for a task over tokens; tries the losses on them."""
+    vocabulary = shared_vocabulary(found.tokenizer, found.student_tokenizer)
+    teacher = found.teachers[0].config if found.teachers else None
+    with init_empty_weights():
+        build_objective(recipe.losses, Answers.of(recipe, vocabulary), found.student.config, teacher)
+    heads = [model.get_output_embeddings().weight.shape[0] for model in (*found.teachers, found.student)]
+    return replace(found, vocabulary=min(vocabulary, *heads))
 
 
 def _inspect_texts(recipe: Recipe, found: Inspection) -> Inspection:
@@ -232,20 +241,30 @@ def _blank_student(recipe: Recipe, teacher: Any) -> Any:
     for phase in before(recipe):
         config = inspect_recipe(phase).student.config
         return build.blank_model(config, "phases", Role(recipe.task.kind))
+    if teacher is None and getattr(recipe.student, "model", None) is None:
+        raise RecipeError(
+            f"student.kind: {recipe.student.kind} is made from the teacher's model, but teacher.kind="
+            f"{recipe.teacher.kind} has none here. Use student.kind=model, or layers of a student.model."
+        )
     if isinstance(recipe.student, LayersStudent):
-        count_layers(recipe.student, teacher.config.get_text_config().num_hidden_layers)
+        count_layers(recipe.student, _config_to_cut(recipe.student, teacher).get_text_config().num_hidden_layers)
     with init_empty_weights():
         student = build.build_stand_in(recipe, teacher)
     student.tie_weights()  # leaving the weights out parts what is tied
     return student
 
 
+def _config_to_cut(student: LayersStudent, teacher: Any) -> Any:
+    """Of the model whose layers are cut: the student's own, or the teacher's."""
+    own = student.model
+    return teacher.config if own is None else load_config(resolve_model(own, "student.model"), "student.model")
+
+
 def _student_tokenizer(recipe: Recipe, tokenizer: Any) -> Any:
     for phase in before(recipe):
         return inspect_recipe(phase).student_tokenizer
-    if not isinstance(recipe.student, PretrainedStudent):
-        return tokenizer
-    return load_tokenizer(resolve_model(recipe.student.model, "student.model"), "student.model")
+    own = recipe.student.model if isinstance(recipe.student, PretrainedStudent | LayersStudent) else None
+    return tokenizer if own is None else load_tokenizer(resolve_model(own, "student.model"), "student.model")
 
 
 def _check_length(recipe: Recipe, model: Any, role: str) -> None:

@@ -1,4 +1,7 @@
-"""Choosing the layers that a student keeps, with the teacher itself as judge. Refuses rows that training sees."""
+"""Choosing the layers that a student keeps, with the model that they are cut from as judge.
+
+Refuses rows that training sees.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,14 @@ JUDGED_POSITIONS = 512
 
 
 def count_layers(spec: LayersStudent, depth: int) -> int:
-    """How many of the teacher's `depth` layers stay. Raises RecipeError where the recipe asks for others or more."""
+    """How many of the model's `depth` layers stay. Raises RecipeError where the recipe asks for others or more."""
+    whose = "the teacher" if spec.model is None else spec.model
     if not isinstance(spec.keep, str):
-        check_layers(spec.keep, depth)
+        check_layers(spec.keep, depth, whose=whose)
         return len(spec.keep)
     count = spec.count or depth
     if count > depth:
-        raise RecipeError(f"student.count: {count} exceeds the teacher's {depth} layers. Use at most {depth}.")
+        raise RecipeError(f"student.count: {count} exceeds {whose}'s {depth} layers. Use at most {depth}.")
     return count
 
 

@@ -44,7 +44,7 @@ from potstill.recipes.losses import (
     VectorTerm,
     VocabularyTerm,
 )
-from potstill.recipes.schema import Classification, Embedding, LanguageModel, RecordedTeacher
+from potstill.recipes.schema import Classification, Embedding, LanguageModel, OpenAITeacher, RecordedTeacher
 from potstill.students import even_layers
 from potstill.types import Offer, Wants
 
@@ -60,6 +60,7 @@ class Answers:
     everywhere  whether the teacher speaks at exactly the supervised positions
     binary      whether a text bears any number of labels
     vectors     whether an answer is a vector
+    taught      whether a teacher says anything of them: one that writes does not
     """
 
     vocabulary: int
@@ -67,6 +68,7 @@ class Answers:
     everywhere: bool = True
     binary: bool = False
     vectors: bool = False
+    taught: bool = True
 
     @staticmethod
     def of(recipe: Recipe, vocabulary: int) -> Answers:
@@ -78,6 +80,7 @@ class Answers:
             everywhere=isinstance(task, LanguageModel) and recipe.signals.everywhere,
             binary=isinstance(task, Classification) and task.multi_label,
             vectors=isinstance(task, Embedding),
+            taught=recipe.generate is None,
         )
 
 
@@ -95,7 +98,8 @@ def check_losses(recipe: Recipe) -> None:
         if need and need not in offers:
             raise RecipeError(
                 f"{key}.kind={term.kind} needs {need.name}, but teacher.kind={recipe.teacher.kind} offers "
-                f"{', '.join(sorted(offer.name for offer in offers))}. Remove this loss, or use another teacher."
+                f"{', '.join(sorted(offer.name for offer in offers)) or Offer.TEXT.name}. Remove this loss, or use "
+                "another teacher."
             )
         over_texts = isinstance(term, VectorTerm) or (isinstance(term, SimilarityTerm) and term.over == "texts")
         if over_texts and not recipe.over_texts:
@@ -142,6 +146,8 @@ def build_examiner(answers: Answers, student: Any, teacher: Any) -> Objective:
             [PooledLoss("vector_cosine", widths) if same else SimilarityLoss("rkd_distance", {}, over="texts")]
         )
     passes = [["forward_kl", "cross_entropy"]] if answers.everywhere else [["forward_kl"], ["cross_entropy"]]
+    if not answers.taught:
+        passes = [["cross_entropy"]]
     return Objective([HeadLoss([*map(HeadTerm, own)], answers.vocabulary, binary=answers.binary) for own in passes])
 
 
@@ -162,6 +168,8 @@ def _offers(recipe: Recipe) -> frozenset[Offer]:
     if isinstance(recipe.teacher, RecordedTeacher):
         return frozenset({Offer.LOGITS})
     insides = {Offer.HIDDEN, Offer.ATTENTION, Offer.VECTORS}
+    if isinstance(recipe.teacher, OpenAITeacher):
+        return frozenset() if isinstance(recipe.task, LanguageModel) else frozenset({Offer.LOGITS})
     if isinstance(recipe.task, LanguageModel):
         return LocalEngine.offers | insides
     if isinstance(recipe.task, Embedding):

@@ -26,6 +26,7 @@ from potstill.pipeline.run import explain_run, is_trained
 from potstill.pipeline.rundir import StageStatus, check_unlocked
 from potstill.pipeline.survey import Survey, survey_data
 from potstill.pipeline.textplan import text_rows
+from potstill.pipeline.writingplan import writing_rows
 from potstill.recipes import Recipe
 from potstill.recipes.schema import LanguageModel, LayersStudent, MaskedLM, MixtureTeacher, StoredSignals
 from potstill.students import fresh_model
@@ -83,6 +84,9 @@ def print_plan(recipe: Recipe, *, measure: bool) -> None:
     found = inspect_recipe(recipe)
     if recipe.over_texts:
         _print_tables(recipe, explain_run(recipe), text_rows(recipe, found, measure=measure))
+        return
+    if recipe.generate:
+        _print_tables(recipe, explain_run(recipe), writing_rows(recipe, found))
         return
     survey = survey_data(recipe, SURVEYED_DOCUMENTS)
     build.check_sources(recipe, survey.sources, complete=survey.complete)

@@ -8,7 +8,7 @@ from typing import Any
 
 from potstill.types import Example
 
-__all__ = ["HELD_OUT_CHARACTERS", "Prompt", "dump_examples", "make_prompts"]
+__all__ = ["HELD_OUT_CHARACTERS", "Prompt", "dump_examples", "make_prompts", "render_prompt"]
 
 HELD_OUT_CHARACTERS = 20_000
 """A longer document is cut: only its beginning is ever shown."""
@@ -51,6 +51,15 @@ def make_prompts(
     return [*whole, *short][:count]
 
 
+def render_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> str:
+    """A conversation up to where the assistant answers, as the chat template writes it."""
+    text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    begin = tokenizer.bos_token_id
+    if begin is not None and tokenizer(text, verbose=False)["input_ids"][:2] == [begin, begin]:
+        text = text.removeprefix(tokenizer.bos_token)  # the template writes it, and the tokenizer would once more
+    return text
+
+
 def _text_prompt(ids: list[int], tokenizer: Any, tokens: int) -> list[Prompt]:
     cut = min(tokens, len(ids) // 2)
     prompt, reference = (
@@ -63,9 +72,6 @@ def _chat_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: Any, longest:
     last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
     if last == 0:
         return []  # it answers nothing
-    text = str(tokenizer.apply_chat_template(list(messages[:last]), tokenize=False, add_generation_prompt=True))
+    text = render_prompt(messages[:last], tokenizer)
     ids = tokenizer(text, verbose=False)["input_ids"]
-    begin = tokenizer.bos_token_id
-    if begin is not None and ids[:2] == [begin, begin]:  # the template writes it, and the tokenizer would once more
-        text = text.removeprefix(tokenizer.bos_token)
     return [Prompt(prompt=text, reference=str(messages[last]["content"]))] if len(ids) <= longest else []

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from zipfile import BadZipFile
 
 import numpy as np
@@ -26,7 +27,7 @@ from potstill.pipeline.objective import fixed, need_of
 from potstill.pipeline.places import resolve_model
 from potstill.recipes import Recipe, fingerprint
 from potstill.recipes.losses import CosineRamp, ForwardKL, LinearRamp, SoftTerm
-from potstill.recipes.schema import MixtureTeacher, RunTeacher, StoredSignals
+from potstill.recipes.schema import MixtureTeacher, OpenAITeacher, RunTeacher, StoredSignals
 from potstill.recipes.signals import DenseSignals, HiddenSignals, TopKSignals, TruncatedSignals
 from potstill.signals import (
     Salt,
@@ -151,6 +152,8 @@ def stamp_for(recipe: Recipe, spec: SignalSpec) -> Stamp:
 
     For a recipe whose assistant is settled, and whose models are on this machine.
     """
+    if isinstance(recipe.teacher, OpenAITeacher):
+        return _stamp_of_api(recipe.teacher, spec)
     members = build.teachers_of(recipe)
     folders = [find_folder(resolve_model(member.model, key)) for key, member in members.items()]
     if None in folders:
@@ -163,6 +166,18 @@ def stamp_for(recipe: Recipe, spec: SignalSpec) -> Stamp:
         template=fingerprint(tokenizer.chat_template),
         spec_json=spec.to_json(),
         words={"teacher": " and ".join(member.model for member in members.values()), "dtype": recipe.teacher.dtype},
+    )
+
+
+def _stamp_of_api(teacher: OpenAITeacher, spec: SignalSpec) -> Stamp:
+    """Who answers; what is asked stands in the keys of the answers, how hard and at what cost nowhere."""
+    host = urlsplit(teacher.base_url).hostname or ""
+    return Stamp(
+        teacher=fingerprint([teacher.kind, host, teacher.model, teacher.api]),
+        tokenizer=fingerprint(None),
+        spec=spec.fingerprint,
+        spec_json=spec.to_json(),
+        words={"teacher": f"{teacher.model} at {host}"},
     )
 
 

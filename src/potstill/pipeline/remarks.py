@@ -71,6 +71,7 @@ def _number(number: float | LinearRamp | CosineRamp | ConstantRamp) -> str:
 def remarks_on(recipe: Recipe, facts: Facts) -> tuple[str, ...]:
     """All that must stand beside the numbers of this run, in the order of its stages."""
     return (
+        *_on_writing(facts.get("generate", {})),
         *_on_phases(recipe),
         *_on_teacher(recipe, facts),
         *_on_data(recipe, facts["prepare"]),
@@ -79,6 +80,12 @@ def remarks_on(recipe: Recipe, facts: Facts) -> tuple[str, ...]:
         *_on_signals(recipe, facts),
         *map(str, facts.get("evaluate", {}).get("notes", ())),
     )
+
+
+def _on_writing(generated: Mapping[str, Any]) -> tuple[str, ...]:
+    """What must be known of a teacher's answers."""
+    tally = generated.get("tally", {})
+    return (*map(str, generated.get("notes", ())), *map(str, tally.get("remarks", ())))
 
 
 def _on_phases(recipe: Recipe) -> tuple[str, ...]:

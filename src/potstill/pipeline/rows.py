@@ -16,16 +16,38 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from potstill.data import MaskRule, PackedRows, TextRows, bucketed_order, mask_tokens
+from potstill.data.tokens import POOLED_BATCHES
 from potstill.pipeline.cast import Cast
 from potstill.recipes import Recipe
-from potstill.recipes.schema import MaskedLM
+from potstill.recipes.schema import MaskedLM, Training
 from potstill.training import join_rows
-from potstill.types import Batch, Lesson, Reader, Role, Wants
+from potstill.types import Batch, Lesson, Reader, Role, Signal, Wants
 
-__all__ = ["TaskRows", "batches_by_length", "held_out_batches", "held_out_lessons", "mask_rule", "masked", "open_rows"]
+__all__ = [
+    "CONTROL",
+    "Silent",
+    "TaskRows",
+    "batches_by_length",
+    "held_out_batches",
+    "held_out_lessons",
+    "mask_rule",
+    "masked",
+    "open_rows",
+]
+
+CONTROL = "control"
+"""Folder of the rows that the control arm alone learns, where they are others than the student's."""
 
 HELD_OUT_SEED = 0x5EED
 """Of the masks and of the choice of held-out rows: the same in every step and for every arm."""
+
+
+class Silent:
+    """A teacher that says nothing of a row, because it has written it."""
+
+    def read(self, batch: Batch, wants: Wants) -> Signal:  # noqa: ARG002
+        """Nothing."""
+        return Signal()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +69,16 @@ class TaskRows:
         lost = {"lost_words": self.rows.lost_words} if self.rows.lost_words else {}
         return {"overlong": self.rows.overlong_count, **lost}
 
-    def labelled(self, batch_rows: int, seed: int) -> TaskRows:
+    def labelled(self, training: Training, seed: int) -> TaskRows:
         """Those that hard labels can teach: of texts the labelled ones, else all."""
         if not isinstance(self.rows, TextRows) or len(self.rows.labelled) == len(self.rows):
             return self
         found = self.rows.subset(self.rows.labelled)
-        return replace(self, rows=found, order=bucketed_order(found.lengths, batch_rows=batch_rows, seed=seed))
+        return replace(self, rows=found, order=_order(found, training, seed))
 
 
-def open_rows(recipe: Recipe, cast: Cast, prepared: Path, *, tokenizer: Any, batch_rows: int) -> TaskRows:
-    """The training rows of this recipe's task, for a model with this tokenizer."""
+def open_rows(recipe: Recipe, cast: Cast, prepared: Path, *, tokenizer: Any, training: Training) -> TaskRows:
+    """The rows of this recipe's task for a training of a model with this tokenizer."""
     if cast.role is Role.CAUSAL:
         return TaskRows(PackedRows(prepared / "train"))
     if cast.role is Role.MASKED:
@@ -65,7 +87,12 @@ def open_rows(recipe: Recipe, cast: Cast, prepared: Path, *, tokenizer: Any, bat
             PackedRows(prepared / "train"), None, lambda batch, drawn: masked(batch, rule, cast.seed, drawn)
         )
     rows = cast.rows(prepared, "train", tokenizer)
-    return TaskRows(rows, bucketed_order(rows.lengths, batch_rows=batch_rows, seed=cast.seed))
+    return TaskRows(rows, _order(rows, training, cast.seed))
+
+
+def _order(rows: TextRows, training: Training, seed: int) -> Callable[[int], Tensor]:
+    pooled = POOLED_BATCHES if training.group_by_length else 1
+    return bucketed_order(rows.lengths, batch_rows=training.batch_rows, seed=seed, pooled=pooled)
 
 
 def mask_rule(recipe: Recipe, tokenizer: Any) -> MaskRule:

@@ -30,9 +30,20 @@ __all__ = ["STAGES", "explain_run", "inputs_of", "is_trained", "run_part", "run_
 
 _log = logging.getLogger("potstill")
 
-STAGES = ("prepare", "finetune", "initialise", "capture", "train", "control", "static", "evaluate", "report")
-"""All stages in order. `finetune` is left out where the teacher is taken as it is, `capture` where signals are not
-stored, `control` where there is none, `static` where the recipe asks for no such classifier."""
+STAGES = (
+    "generate",
+    "prepare",
+    "finetune",
+    "initialise",
+    "capture",
+    "train",
+    "control",
+    "static",
+    "evaluate",
+    "report",
+)
+"""All stages in order. `generate` is left out where no teacher writes, `finetune` where the teacher is taken as it is,
+`capture` where signals are not stored, `control` where there is none, `static` where the recipe has no such part."""
 
 ASSISTANT = "assistant"
 """Name of the assistant's student among the inputs of a stage."""
@@ -41,6 +52,7 @@ NO_CAPTURE = "signals.kind: online keeps nothing, so there is nothing to capture
 
 NO_STAGE = {
     "capture": NO_CAPTURE,
+    "generate": "generate: the recipe does not ask the teacher to write, so there is no such stage.",
     "finetune": "teacher.kind: only `finetune` is trained first, so there is no such stage.",
     "static": "static: the recipe asks for no static classifier, so there is no such stage.",
 }
@@ -94,7 +106,7 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, stopping: Stopping |
         if due:
             walk.check_room(due[0])
             run.write_recipe(dump_recipe(recipe))
-        if set(due) - {"prepare", "finetune"}:
+        if set(due) - {"generate", "prepare", "finetune"}:
             walk.run_phases()
         if set(due) - {"report"}:
             walk.check_data(set(due))
@@ -205,6 +217,10 @@ class _Walk:
         """Do one stage."""
         # Imported when reached: a finished run must be recognised without waiting for torch.
         match name:
+            case "generate":
+                from potstill.pipeline.generate import generate
+
+                generate(self.asked, stage, stopping=self.stopping)
             case "prepare":
                 from potstill.pipeline.stages import prepare
 
@@ -257,6 +273,11 @@ class _Walk:
             arms = self._arms()
             asked = answering(self.taught, prepared, arms)
             evaluate_texts(self.taught, stage, prepared, answerers=asked, arms=["teacher", *arms])
+            return
+        if self.asked.generate is not None:
+            from potstill.pipeline.solve import evaluate_answers
+
+            evaluate_answers(self.asked, stage, self.folder, self._arms(), stopping=self.stopping)
             return
         from potstill.pipeline.judge import evaluate
 

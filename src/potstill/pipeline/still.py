@@ -52,7 +52,7 @@ def train_static(recipe: Recipe, stage: Stage, inputs: Inputs, *, stopping: Stop
     answers = Answers.of(recipe, inputs.vocabulary)
     terms = [term for term in recipe.losses if isinstance(term, VocabularyTerm)]
     objective, examiner = build_objective(terms, answers, None, None), build_examiner(answers, None, None)
-    rows = open_rows(recipe, cast, inputs.prepared, tokenizer=tokenizer, batch_rows=settings.batch_rows)
+    rows = open_rows(recipe, cast, inputs.prepared, tokenizer=tokenizer, training=settings)
     teacher, _ = open_teacher(recipe, inputs)
     held_out = held_out_batches(
         recipe,

@@ -19,6 +19,7 @@ from potstill.recipes.schema import (
     MaskedLM,
     MixtureTeacher,
     OnlineSignals,
+    OpenAITeacher,
     PretrainedStudent,
     RecordedTeacher,
 )
@@ -34,14 +35,36 @@ def check_task(recipe: Recipe) -> None:
 
 
 def _problems(recipe: Recipe) -> Iterator[str]:
+    yield from _writing_problems(recipe)
     yield from _assistant_problems(recipe)
     yield from _teacher_problems(recipe)
+    yield from _api_problems(recipe)
     yield from _student_problems(recipe)
     yield from _signal_problems(recipe)
     if recipe.over_texts:
         yield from _text_problems(recipe)
     else:
         yield from _token_problems(recipe)
+
+
+def _writing_problems(recipe: Recipe) -> Iterator[str]:
+    if recipe.generate is None:
+        return
+    if not isinstance(recipe.task, LanguageModel):
+        yield (
+            f"generate: a teacher writes for language models, but task.kind={recipe.task.kind}. Remove generate: for "
+            "labels from an API, teacher.kind=openai alone is enough."
+        )
+    if not isinstance(recipe.teacher, OpenAITeacher):
+        yield (
+            f"teacher.kind: {recipe.teacher.kind} cannot be asked to write. Serve the model (vLLM, llama.cpp) and use "
+            "teacher.kind=openai with its base_url, or remove generate."
+        )
+    if not isinstance(recipe.signals, OnlineSignals):
+        yield (
+            f"signals.kind: {recipe.signals.kind} keeps what a teacher says of rows, but here it writes them. Remove "
+            "signals, or generate."
+        )
 
 
 def _assistant_problems(recipe: Recipe) -> Iterator[str]:
@@ -78,6 +101,36 @@ def _teacher_problems(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _api_problems(recipe: Recipe) -> Iterator[str]:
+    """Of an API that is asked about what is there: what it writes itself is looked at elsewhere."""
+    task, teacher, signals = recipe.task, recipe.teacher, recipe.signals
+    if not isinstance(teacher, OpenAITeacher) or recipe.generate is not None:
+        return
+    if isinstance(task, LanguageModel):
+        yield (
+            "teacher.kind: openai teaches a language model by what it writes, and generate is not there. Add generate: "
+            "{prompts: {kind: rows}}, for example."
+        )
+    if not isinstance(task, Classification) or task.multi_label:
+        several = " with multi_label" if isinstance(task, Classification) else ""
+        yield (
+            f"teacher.kind: openai is asked for one label a text, but task.kind={task.kind}{several} wants something "
+            "else. Use task.kind=classification with one label a text, or another teacher."
+        )
+    if isinstance(signals, OnlineSignals):
+        yield (
+            "signals.kind: online would ask the API in every step of the training. Use signals.kind=dense, which asks "
+            "about every text once."
+        )
+    if isinstance(signals, DenseSignals) and signals.features:
+        yield "signals.features: teacher.kind=openai shows nothing of what lies behind its answers. Leave it out."
+    if recipe.static:
+        yield (
+            "static: embeddings are distilled from the teacher's encoder, but teacher.kind=openai has none here. "
+            "Remove static, or use another teacher."
+        )
+
+
 def _student_problems(recipe: Recipe) -> Iterator[str]:
     student, task = recipe.student, recipe.task
     if recipe.static and not isinstance(task, Classification):
@@ -93,10 +146,11 @@ def _student_problems(recipe: Recipe) -> Iterator[str]:
         yield "static: reads one text, but data.text_pair names a second one. Remove static."
     if recipe.phases:
         return  # the first of them makes the student, and is looked at by itself
-    if isinstance(recipe.teacher, RecordedTeacher) and not isinstance(student, PretrainedStudent):
+    absent = isinstance(recipe.teacher, RecordedTeacher | OpenAITeacher)
+    if absent and not (isinstance(student, PretrainedStudent | LayersStudent) and student.model is not None):
         yield (
-            f"student.kind: {student.kind} is made from the teacher's model, but teacher.kind=recorded has none here. "
-            "Use student.kind=model."
+            f"student.kind: {student.kind} is made from the teacher's model, but teacher.kind={recipe.teacher.kind} "
+            "has none here. Use student.kind=model, or layers of a student.model."
         )
     if isinstance(student, LayersStudent) and student.keep == "greedy" and not isinstance(task, LanguageModel):
         yield (

@@ -13,6 +13,7 @@ from itertools import islice
 from potstill.data import Cleaning, Split, clean_examples, load_examples, split_of
 from potstill.errors import DataError
 from potstill.pipeline.places import resolve_data
+from potstill.pipeline.written import ROWS, read_rows
 from potstill.recipes import Recipe
 from potstill.types import Example
 
@@ -55,8 +56,8 @@ def survey_data(
     pass, and when it ends, reading ends. Raises DataError where there is nothing to read or to use, or where a split
     got no document.
     """
-    examples, cleaning = _read_examples(recipe)
-    placed = through((_split(recipe, example), example) for example in examples)
+    found, cleaning = _read_placed(recipe)
+    placed = through(found)
     documents: Counter[Split] = Counter()
     held_out: list[Example] = []
     sampled: list[Example] = []
@@ -75,6 +76,21 @@ def survey_data(
     if complete:
         _check_splits(recipe, documents)
     return Survey(documents, tuple(held_out), tuple(sampled), frozenset(sources), cleaning, complete)
+
+
+def _read_placed(recipe: Recipe) -> tuple[Iterator[Placed], Cleaning]:
+    """All clean examples with their splits: what a teacher has written has its prompts' splits."""
+    if recipe.generate is not None:
+        cleaning = Cleaning()
+        return _counted(read_rows(recipe.folder / "generate" / ROWS), cleaning), cleaning
+    examples, cleaning = _read_examples(recipe)
+    return ((_split(recipe, example), example) for example in examples), cleaning
+
+
+def _counted(placed: Iterator[Placed], cleaning: Cleaning) -> Iterator[Placed]:
+    for split, example in placed:
+        cleaning.kept["messages"] += 1
+        yield split, example
 
 
 def _read_examples(recipe: Recipe) -> tuple[Iterator[Example], Cleaning]:

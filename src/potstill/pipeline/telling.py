@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -18,6 +20,7 @@ from potstill.pipeline import build
 from potstill.pipeline.chain import load_chain, phases_of
 from potstill.pipeline.disk import read_json
 from potstill.pipeline.fidelity import Fidelity, describe_fidelity
+from potstill.pipeline.licence import check_terms, tell_terms
 from potstill.pipeline.metrics import read_metrics
 from potstill.pipeline.places import STUDENT
 from potstill.pipeline.remarks import describe_term, remarks_on
@@ -31,6 +34,7 @@ from potstill.recipes.schema import (
     LayersStudent,
     Member,
     MixtureTeacher,
+    OpenAITeacher,
     RecordedTeacher,
     TextTask,
 )
@@ -41,6 +45,7 @@ from potstill.report import (
     Confusion,
     CurvePoint,
     DataFacts,
+    GenerationFacts,
     PhaseFacts,
     ReliabilityPoint,
     Sample,
@@ -82,9 +87,10 @@ def report(recipe: Recipe, stage: Stage, folder: Path) -> None:
     """Write the page into the stage's folder and the model card into the student's."""
     story = tell(recipe, folder)
     write_report(story, stage.folder)
-    write_card(story, folder / "train" / STUDENT)
+    terms = tell_terms(check_terms(recipe))
+    write_card(story, folder / "train" / STUDENT, terms=terms)
     if recipe.static:
-        write_card(story, folder / "static" / STUDENT, "static")
+        write_card(story, folder / "static" / STUDENT, "static", terms=terms)
     stage.finish(page=str(stage.folder / "index.html"))
 
 
@@ -121,6 +127,7 @@ def tell(recipe: Recipe, folder: Path) -> Story:
         slices=_slices(_read(evaluated / "slices.json", [])),
         phases=tuple(_phase(phase, folder) for phase in phases_of(recipe)),
         teacher_training=_teacher_training(recipe, facts.get("finetune", {})),
+        generation=_generation(facts["generate"]) if "generate" in facts else None,
     )
 
 
@@ -133,7 +140,7 @@ def _task(recipe: Recipe, prepared: Mapping[str, Any]) -> TaskFacts:
     task, price = recipe.task, recipe.evaluation.price
     scope = task.out_of_scope if isinstance(task, Classification) else None
     return TaskFacts(
-        task.kind,
+        "written" if recipe.generate else task.kind,
         tuple(prepared.get("labels", ())),
         multi_label=isinstance(task, Classification) and task.multi_label,
         pooling=task.pooling if isinstance(task, Classification | Embedding) else "",
@@ -191,6 +198,31 @@ def _teacher_training(recipe: Recipe, facts: Mapping[str, Any]) -> TeacherTraini
     return TeacherTraining(spec.model, learns, facts.get("steps"), facts.get("seconds"))
 
 
+def _generation(facts: Mapping[str, Any]) -> GenerationFacts:
+    tally, size = facts["tally"], facts["effective"]
+    unusable = Counter(tally["quarantined"]) + Counter(tally["given_up"])
+    return GenerationFacts(
+        prompts=facts["prompts"],
+        kept=facts["kept"],
+        prompts_dropped=facts["prompts_dropped"],
+        dropped=facts["dropped"],
+        masked=facts["masked"],
+        effective=(size["clusters"], size["prompts"]),
+        verdicts=facts["verdicts"] if any(facts["verdicts"].values()) else {},
+        difficulty=tuple(facts["difficulty"]),
+        unsolved=facts["unsolved"],
+        leaks=facts["leaks"],
+        reasoning=facts["reasoning"],
+        served=tally["served"],
+        asked=tally["asked"],
+        found_before=tally["answered_before"],
+        retried=tally["retried"],
+        unusable={**unusable, **({"not asked: the budget was used up": tally["left"]} if tally["left"] else {})},
+        tokens=tally["tokens"],
+        usd=tally["usd"],
+    )
+
+
 def _first_facts(recipe: Recipe, folder: Path, facts: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
     """How the student was made at the very first: by the first phase, where there are phases."""
     for phase in phases_of(recipe)[:1]:
@@ -206,6 +238,8 @@ def name_teacher(recipe: Recipe) -> str:
         return f"answers recorded in {recipe.teacher.path}"
     if isinstance(recipe.teacher, FinetuneTeacher):
         return f"{recipe.teacher.model}, fine-tuned here"
+    if isinstance(recipe.teacher, OpenAITeacher):
+        return f"{recipe.teacher.model}, asked at {urlsplit(recipe.teacher.base_url).hostname}"
     members = list(build.teachers_of(recipe).values())
     return members[0].model if len(members) == 1 else f"the mean of {' and '.join(map(_name_member, members))}"
 
@@ -245,7 +279,8 @@ def _origin(recipe: Recipe, facts: Mapping[str, Any]) -> str:
         kept = ", ".join(map(str, facts["layers"]))
         rest = "embeddings, final norm and head" if recipe.task.kind == "language_model" else "embeddings and head"
         turned = ", turned into a DistilBERT" if recipe.student.architecture == "distilbert" else ""
-        return f"Cut from the {first}teacher: layers {kept} ({rule} choice), with its {rest}{turned}.{after}"
+        whole = recipe.student.model or f"the {first}teacher"
+        return f"Cut from {whole}: layers {kept} ({rule} choice), with its {rest}{turned}.{after}"
     if isinstance(recipe.student, FreshStudent):
         return f"The {first}teacher's architecture with other sizes and random weights.{after}"
     return f"Pretrained: {recipe.student.model}.{after}"

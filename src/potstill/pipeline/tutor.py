@@ -25,7 +25,7 @@ from potstill.pipeline.rundir import Stage
 from potstill.pipeline.stopping import Stopping
 from potstill.recipes import Recipe
 from potstill.recipes.losses import CrossEntropy
-from potstill.recipes.schema import FinetuneTeacher
+from potstill.recipes.schema import FinetuneTeacher, Training
 from potstill.students import save_student
 from potstill.training import RowSource
 from potstill.types import Lesson
@@ -64,8 +64,8 @@ def _train(recipe: Recipe, stage: Stage, prepared: Path, kept: Path, *, stopping
     model = cast.load(place, "fp32", accelerator.device, "teacher.model", fresh_head=True)
     if spec.learns == "head":
         _freeze_body(model)
-    rows = open_rows(recipe, cast, prepared, tokenizer=tokenizer, batch_rows=settings.batch_rows)
-    rows = labelled_rows(rows, cast, settings.batch_rows, "teacher.kind=finetune")
+    rows = open_rows(recipe, cast, prepared, tokenizer=tokenizer, training=settings)
+    rows = labelled_rows(rows, cast, settings, "teacher.kind=finetune")
     steps = build.steps_of(settings, recipe.data.sequence_length, len(rows))
     objective = _objective(recipe, cast, model)
     held_out = held_out_batches(
@@ -114,9 +114,9 @@ def _train(recipe: Recipe, stage: Stage, prepared: Path, kept: Path, *, stopping
     _keep(stage.folder, kept, {**facts, "steps": steps})
 
 
-def labelled_rows(rows: TaskRows, cast: Cast, batch_rows: int, key: str) -> TaskRows:
+def labelled_rows(rows: TaskRows, cast: Cast, training: Training, key: str) -> TaskRows:
     """The rows that hard labels can teach: of texts those that are labelled, else all. Raises DataError for none."""
-    found = rows.labelled(batch_rows, cast.seed)
+    found = rows.labelled(training, cast.seed)
     if not len(found):
         raise DataError(
             f"{key}: no training text has a label, so that there is nothing to learn without a teacher. Check "

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from potstill.recipes.generate import Generate, Writing
 from potstill.recipes.losses import CrossEntropy, LossTerm
 from potstill.recipes.numbers import Count, Real, Share, Whole
 from potstill.recipes.part import Part
@@ -37,6 +38,7 @@ from potstill.recipes.teachers import (
     LocalTeacher,
     Member,
     MixtureTeacher,
+    OpenAITeacher,
     RecordedTeacher,
     RunTeacher,
     Teacher,
@@ -62,6 +64,7 @@ __all__ = [
     "Evaluation",
     "FinetuneTeacher",
     "FreshStudent",
+    "Generate",
     "LanguageModel",
     "LayersStudent",
     "LinearSchedule",
@@ -72,6 +75,7 @@ __all__ = [
     "MixtureTeacher",
     "Noise",
     "OnlineSignals",
+    "OpenAITeacher",
     "Phase",
     "Precision",
     "PretrainedStudent",
@@ -127,8 +131,9 @@ class Noise(Part):
 class Data(Part):
     """Where the words come from and how they are packed."""
 
-    source: str
-    """A file (.jsonl, .parquet, .csv, .txt), a folder of such files, a Hugging Face `datasets` id, or `sample:NAME`."""
+    source: str = ""
+    """A file (.jsonl, .parquet, .csv, .txt), a folder of such files, a Hugging Face `datasets` id, or `sample:NAME`.
+    Left out only where `generate.prompts` makes its own prompts."""
     config: str | None = None
     """Configuration of a Hugging Face data set that has several, for example wikitext-103-raw-v1."""
     split: str = "train"
@@ -201,6 +206,10 @@ class Evaluation(Part):
     """For tasks over texts: texts to score; null for all."""
     calibrate: bool = True
     """For classification: fit a temperature on the validation split, and report calibration with it and without."""
+    answers: Writing = Writing(temperature=0.0)
+    """With `generate`: how every arm, the teacher too, answers the held-out prompts. Greedy, where nothing is said."""
+    attempts: Count = 1
+    """With `generate`: answers to each held-out prompt; more of them need a temperature above 0."""
     precision: Share = 0.9
     """For classification: the precision at which the recall of out-of-scope texts is reported, the threshold being
     chosen on the validation split."""
@@ -251,8 +260,10 @@ class Recipe(Part):
     """Where the run lives. Default: runs/NAME."""
     task: Task = LanguageModel(kind="language_model")
     """What the student is to do."""
-    data: Data
+    data: Data = Data()
     teacher: Teacher
+    generate: Generate | None = None
+    """For language models: the teacher writes answers, and the student learns from these instead of from the data."""
     student: Student
     static: StaticStudent | None = None
     """For classification: a static-embedding classifier beside the student, for thousands of queries a second."""
@@ -284,6 +295,18 @@ class Recipe(Part):
                 raise ValueError(f"phases[{index}].name: {name} is there twice; each phase has a folder of its name")
         return self
 
+    @model_validator(mode="after")
+    def _words_come_from_somewhere(self) -> Recipe:
+        made = self.generate is not None and self.generate.prompts.kind in ("grid", "reasoning_gym")
+        if not self.data.source and not made:
+            raise ValueError("data.source: is not there; name a file, a folder, a Hugging Face id or sample:NAME")
+        if self.data.source and made:
+            raise ValueError(
+                f"data.source: {self.data.source!r} would not be read, since generate.prompts makes its own prompts; "
+                "leave it out, or use `rows`"
+            )
+        return self
+
     @property
     def folder(self) -> Path:
         """The run folder."""
@@ -296,5 +319,10 @@ class Recipe(Part):
 
     @property
     def has_control(self) -> bool:
-        """Whether there is a control arm: where hard labels can be learned, and the recipe does not switch it off."""
-        return self.control.enabled and not isinstance(self.task, Embedding)
+        """Whether there is a control arm: where hard labels can be learned, and the recipe does not switch it off.
+
+        Of what a teacher writes, the control arm learns answers that nobody verified; where none are verified, there
+        is no such arm.
+        """
+        unlike = self.generate is None or self.generate.verify is not None
+        return self.control.enabled and unlike and not isinstance(self.task, Embedding)

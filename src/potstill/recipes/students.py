@@ -36,9 +36,12 @@ class Search(Part):
 
 
 class LayersStudent(Part):
-    """Some of the teacher's layers, with its embeddings, final norm and head."""
+    """Some layers of the teacher, or of another model, with its embeddings, final norm and head."""
 
     kind: Literal["layers"]
+    model: str | None = None
+    """Whose layers: a hub id, a folder, a .gguf file, or `sample:NAME`; null for the teacher's. It judges itself which
+    of them matter. Over tokens it must have the vocabulary of the teacher, if that is a model here."""
     keep: Literal["greedy", "even"] | list[Layer] = "greedy"
     """0-based layer numbers, or `even`, or `greedy` (remove one by one the layer whose removal hurts least)."""
     count: Count | None = None
@@ -110,3 +113,9 @@ class StaticStudent(Part):
     """Width of a token's embedding."""
     training: Training
     """How it is trained."""
+
+    @model_validator(mode="after")
+    def _has_no_layers(self) -> StaticStudent:
+        if self.training.lora is not None:
+            raise ValueError("training.lora: a static classifier has no layers for adapters; leave lora out")
+        return self

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from potstill.recipes.endpoints import OpenAITeacher
 from potstill.recipes.numbers import Real
 from potstill.recipes.part import Part
 from potstill.recipes.training import Precision, Training
@@ -19,6 +20,7 @@ __all__ = [
     "LocalTeacher",
     "Member",
     "MixtureTeacher",
+    "OpenAITeacher",
     "RecordedTeacher",
     "RunTeacher",
     "Teacher",
@@ -128,5 +130,6 @@ class RecordedTeacher(Part):
 
 
 Teacher = Annotated[
-    LocalTeacher | FinetuneTeacher | RecordedTeacher | RunTeacher | MixtureTeacher, Field(discriminator="kind")
+    LocalTeacher | OpenAITeacher | FinetuneTeacher | RecordedTeacher | RunTeacher | MixtureTeacher,
+    Field(discriminator="kind"),
 ]

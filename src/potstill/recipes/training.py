@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from potstill.recipes.numbers import Count, Fraction, Positive, Real
+from potstill.recipes.numbers import Count, Fraction, Positive, Real, Whole
 from potstill.recipes.part import Part
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "ConstantSchedule",
     "CosineSchedule",
     "LinearSchedule",
+    "LowRank",
     "Precision",
     "Schedule",
     "Training",
@@ -81,6 +82,22 @@ class Checkpoints(Part):
     """Older ones are deleted. With 2, a damaged newest one costs one interval, not the run."""
 
 
+class LowRank(Part):
+    """Low-rank adapters (LoRA: Hu et al., 2021, arXiv:2106.09685): they alone learn, and end up in the weights.
+
+    A layer W x becomes W x + (alpha / rank) B A x; B and A are small, and B begins as zeros.
+    """
+
+    rank: Annotated[Whole, Field(ge=1, le=4096)] = 16
+    """Rows of A, columns of B."""
+    alpha: Annotated[Whole, Field(ge=1, le=2**20)] = 32
+    """Over the rank: the factor of what the adapters add."""
+    dropout: Fraction = 0.0
+    """Of their input, while they learn."""
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Every linear layer of the blocks, or those whose names end so: [q_proj, v_proj]. Never the output layer."""
+
+
 class Training(Part):
     """One optimiser, one schedule, one loop. Give exactly one of tokens, steps, epochs."""
 
@@ -92,6 +109,9 @@ class Training(Part):
     """Stop when every row was seen so many times."""
     batch_rows: Count = 8
     """Packed rows (texts, where the task is over texts) per optimiser step, over all devices."""
+    group_by_length: bool = True
+    """Over texts: those of a batch are of like length, which saves padding. With false they are drawn at random:
+    slower, and closer to the teacher after few steps. Then micro_batch_rows saves padding within the batch."""
     micro_batch_rows: Count | None = None
     """Rows that go through the model at once; the rest accumulates. Default: batch_rows."""
     learning_rate: Positive = 5e-4
@@ -111,6 +131,9 @@ class Training(Part):
     freeze_embeddings: bool = False
     """Leave the token embeddings (and a head that is tied to them) as they begin: of a short batch's step they take
     a large part."""
+    lora: LowRank | None = None
+    """For language models: train adapters instead of the weights, with a tenth of the optimiser's memory; null to train
+    the weights themselves. Needs a rate some ten times as high. What is saved has the adapters merged."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: slower, less memory."""
     compile: bool | Literal["auto"] = "auto"

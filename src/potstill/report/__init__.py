@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from potstill.report.card import write_card
 from potstill.report.explain import name_task
+from potstill.report.generation import GenerationFacts
 from potstill.report.page import write_report
 from potstill.report.story import (
     ClassFacts,
@@ -31,6 +32,7 @@ __all__ = [
     "Confusion",
     "CurvePoint",
     "DataFacts",
+    "GenerationFacts",
     "PhaseFacts",
     "ReliabilityPoint",
     "Sample",

@@ -20,6 +20,8 @@ def name_task(task: TaskFacts | None) -> str:
     match kind_of(task):
         case "masked_lm":
             return "saying masked tokens"
+        case "written":
+            return "answering prompts as the teacher's answers do"
         case "classification":
             return f"saying the class of a text{_count(task, 'classes')}"
         case "multi_label":
@@ -107,6 +109,8 @@ def explain_arms(story: Story) -> str:
 def _explain_control(story: Story) -> str:
     if kind_of(story.task) == "embedding":
         return "there is no control arm, since vectors have no hard labels"
+    if kind_of(story.task) == "written":
+        return _explain_unverified(story)
     if not story.has_control:
         return (
             "a control arm (the same student trained on hard labels only) was not run, so that what distillation added "
@@ -120,6 +124,15 @@ def _explain_control(story: Story) -> str:
     return (
         "control is the same initial student, trained on the same batches in the same order with hard labels only, so "
         "that the difference to it is what the teacher's signal added"
+    )
+
+
+def _explain_unverified(story: Story) -> str:
+    if not story.has_control:
+        return "there is no control arm, since no answers were verified that could be compared with unverified ones"
+    return (
+        "control is the same initial student, trained for as many steps on as many of the teacher's answers to the "
+        "same prompts, drawn from all of them, so that the difference to it is what verifying and choosing them added"
     )
 
 

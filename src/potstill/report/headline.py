@@ -30,7 +30,7 @@ class _Lead:
     @property
     def gain(self) -> str:
         """The paired gain over the control arm that goes with it."""
-        return f"{self.name.removesuffix('_to_teacher')}_gain_over_control"
+        return f"{self.name.removesuffix('_to_teacher').removesuffix('_at_1')}_gain_over_control"
 
 
 _AGREES = "agrees with its teacher on {value}{interval} of held-out texts"
@@ -39,6 +39,10 @@ _LEADS = {
         _Lead("agreement", "agrees with its teacher on {value} of next tokens{interval}", "agreement"),
         _Lead("kl_to_teacher", "is {value} per token (KL) away from its teacher{interval}", "KL to the teacher"),
         _Lead("nll", "predicts held-out text at {value} per token (NLL){interval}", "NLL"),
+    ),
+    "written": (
+        _Lead("pass_at_1", "answers {value} of held-out prompts rightly{interval}", "pass@1"),
+        _Lead("nll", "predicts its teacher's answers at {value} per token (NLL){interval}", "NLL"),
     ),
     "masked_lm": (
         _Lead("agreement", "agrees with its teacher on {value} of masked tokens{interval}", "agreement"),
@@ -138,6 +142,9 @@ def _achieve(story: Story, arm: str, lead: _Lead) -> str:
     said, kind = _fill(lead.sentence, find(story, arm, lead.name)), kind_of(story.task)
     if kind in ("language_model", "masked_lm"):
         return said
+    if kind == "written":
+        others = [(arm, find(story, arm, lead.name)) for arm in ("teacher", "untrained")]
+        return said + "".join(_fill(f"; {arm}: {{value}}", found) for arm, found in others)
     if story.task is not None and story.task.out_of_scope is not None:
         said = said.replace("held-out texts", "in-scope held-out texts")
     extras = [name for name in _EXTRAS if name != lead.name]
@@ -188,21 +195,23 @@ def _introduce(story: Story, arm: str, name: str) -> str:
 
 def _say_gain(story: Story, gain: Measurement | None) -> str:
     if gain is None:
-        return "what distillation added over the control arm was not measured"
+        return "what the student gained over the control arm was not measured"
     same_student = _name_control(story)
-    amount = format_measurement(gain)
+    amount, what = format_measurement(gain), "verification" if kind_of(story.task) == "written" else "distillation"
     match judge(gain):
         case "better":
-            return f"distillation added {amount} over {same_student}"
+            return f"{what} added {amount} over {same_student}"
         case "worse":
-            return f"distillation did harm: {amount} against {same_student}"
+            return f"{what} did harm: {amount} against {same_student}"
         case "not told apart":
-            return f"no gain from distillation is shown: {amount} against {same_student}, an interval that includes 0"
+            return f"no gain from {what} is shown: {amount} against {same_student}, an interval that includes 0"
         case "no interval":
             return f"against {same_student} it stands at {amount}, without an interval, so that chance is not ruled out"
 
 
 def _name_control(story: Story) -> str:
+    if kind_of(story.task) == "written":
+        return "the same student trained on as many unverified answers"
     if story.data is not None and story.data.unlabelled:
         return "the same student trained as many steps on the labelled texts alone"
     return f"the same student trained on hard labels with the same {wording_of(story.task).amount}"

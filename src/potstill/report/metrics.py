@@ -127,6 +127,27 @@ _MASKED = (
     *_MEMORY,
 )  # fmt: skip
 
+_WRITTEN = (
+    *_metrics(
+        ("pass_at_1", "pass@1", "share", "higher",
+         "Share of answers to a held-out prompt that the verifier calls right, and its mean over prompts: "
+         "(1/P) sum_p c_p / n_p. Chen et al. (2021), arXiv:2107.03374. An answer that was cut off, or of which nobody "
+         "knows whether it is right, is not right."),
+        ("retention", "Of the teacher's pass@1", "share", "higher", "pass@1 of the arm / pass@1 of the teacher."),
+        ("nll", "NLL of the teacher's answers", "nats", "lower",
+         "-(1/N) sum_t log q(x_t | x_<t) over the tokens of the teacher's kept answers to held-out prompts. Nats per "
+         "token."),
+    ),
+    *_SIZES,
+    *_metrics(
+        ("prefill_tokens_per_s", "Prefill speed", "rate", "higher",
+         "Prompt tokens read per second on this machine, in evaluation."),
+        ("decode_tokens_per_s", "Decode speed", "rate", "higher",
+         "Tokens written per second on this machine, in evaluation."),
+    ),
+    *_MEMORY,
+)  # fmt: skip
+
 _SERVED = (
     *_metrics(
         ("throughput_per_s", "Throughput", "text_rate", "higher",
@@ -259,6 +280,7 @@ _VECTORS = (
 
 _QUANTITIES: dict[str, tuple[Metric, ...]] = {
     "language_model": _LANGUAGE,
+    "written": _WRITTEN,
     "masked_lm": _MASKED,
     "classification": _CLASSES,
     "multi_label": _LABELS,
@@ -272,6 +294,7 @@ _AGREEMENT: _Compared = (
 )  # fmt: skip
 _KL: _Compared = ("kl", "KL to the teacher", "nats_gain", "KL of the other arm minus that of the student, nats {per}")
 _NLL: _Compared = ("nll", "NLL", "nats_gain", "NLL of the other arm minus that of the student, nats {per}")
+_PASS: _Compared = ("pass", "pass@1", "points", "pass@1 of the student minus that of the other arm, percentage points")
 _F1: _Compared = (
     "macro_f1", "Macro F1", "points", "macro F1 of the student minus that of the other arm, in percentage points",
 )  # fmt: skip
@@ -287,6 +310,7 @@ _ALL_RIGHT: _Compared = (
 )  # fmt: skip
 _PAIRED: dict[str, tuple[str, tuple[_Compared, ...]]] = {
     "language_model": ("per token", (_AGREEMENT, _KL, _NLL)),
+    "written": ("per token", (_PASS, _NLL)),
     "masked_lm": ("per masked token", (_AGREEMENT, _KL, _NLL)),
     "classification": ("per text", (_RIGHT, _F1, _AGREEMENT, _KL, _NLL)),
     "multi_label": ("per label", (_F1, _ALL_RIGHT, _AGREEMENT, _KL, _NLL)),

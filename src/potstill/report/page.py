@@ -17,6 +17,7 @@ from potstill.report.curves import training_figures, validation_figures
 from potstill.report.explain import define, explain_arms, sum_up_price, task_rows
 from potstill.report.facts import Cell, arm_rows, arms_of, cell_of, gain_rows, signal_rows
 from potstill.report.figures import PALETTE, arm_colour, dark_twins, packed_plotly, plotly_size, recovered_figure
+from potstill.report.generation import generation_rows
 from potstill.report.headline import write_caveat, write_headline
 from potstill.report.numbers import format_duration
 from potstill.report.phases import phase_rows
@@ -68,12 +69,15 @@ def known_facts(story: Story) -> dict[str, Any]:
         "arms_explained": explain_arms(story),
         "definitions": define(story),
         "stored": _signal_rows(story),
+        "written": generation_rows(story.generation) if story.generation else [],
     }
 
 
 def _gain_titles(story: Story) -> tuple[tuple[str, str], ...]:
     control = ("control", "What distillation added: the student against the control arm")
     untrained = ("untrained", "What training added: the student against its untrained self")
+    if kind_of(story.task) == "written":
+        control = ("control", "What verification added: the student against the control arm")
     if kind_of(story.task) == "embedding":  # without hard labels there is no control arm to be missed
         return (untrained,) if gain_rows(story, "untrained") else ()
     return control, untrained

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from potstill.report.generation import GenerationFacts
 from potstill.types import Measurement
 
 __all__ = [
@@ -260,6 +261,7 @@ class Story:
                     than its teacher, and kinds of texts
     phases          trainings that came before this one, in order
     teacher_training  how the teacher was made; None where it was ready
+    generation      what the teacher has written; None where it did not write
     """
 
     title: str
@@ -288,6 +290,7 @@ class Story:
     slices: tuple[SliceRow, ...] = ()
     phases: tuple[PhaseFacts, ...] = ()
     teacher_training: TeacherTraining | None = None
+    generation: GenerationFacts | None = None
 
 
 def kind_of(task: TaskFacts | None) -> str:

@@ -42,6 +42,19 @@ def _language_tiles(story: Story) -> list[Tile]:
     ]
 
 
+def _written_tiles(story: Story) -> list[Tile]:
+    untrained = find(story, "untrained", "pass_at_1")
+    before = f"untrained: {format_measurement(untrained)}" if untrained else ""
+    return [
+        _tile(story, "pass@1", "pass_at_1", before),
+        _tile(story, "Gain from training", "pass_gain_over_untrained", "pass@1, over the untrained student"),
+        _gain_tile(story, "pass", "pass@1", "Gain from verification"),
+        _tile(story, "Of the teacher's pass@1", "retention", _teachers(story, "pass_at_1")),
+        _tile(story, "Parameters", "parameters", _share_of_teacher(story)),
+        _tile(story, "Decode speed", "decode_tokens_per_s", "on the machine named below"),
+    ]
+
+
 def _masked_tiles(story: Story) -> list[Tile]:
     return [
         _tile(story, "Agreement with the teacher", "agreement", "same most probable token at a mask"),
@@ -86,6 +99,7 @@ def _vector_tiles(story: Story) -> list[Tile]:
 _TILES: dict[str, Callable[[Story], list[Tile]]] = {
     "language_model": _language_tiles,
     "masked_lm": _masked_tiles,
+    "written": _written_tiles,
     "classification": _class_tiles,
     "multi_label": _class_tiles,
     "token_classification": _class_tiles,
@@ -98,10 +112,10 @@ def _tile(story: Story, label: str, name: str, note: str) -> Tile:
     return Tile(label, cell_of(measurement), note if measurement else "")
 
 
-def _gain_tile(story: Story, name: str, words: str) -> Tile:
+def _gain_tile(story: Story, name: str, words: str, label: str = "Gain from distillation") -> Tile:
     if not story.has_control:
-        return Tile("Gain from distillation", None, "unknown: this run has no control arm")
-    return _tile(story, "Gain from distillation", f"{name}_gain_over_control", f"{words}, over the control arm")
+        return Tile(label, None, "unknown: this run has no control arm")
+    return _tile(story, label, f"{name}_gain_over_control", f"{words}, over the control arm")
 
 
 def _ratio(story: Story, name: str) -> float | None:

@@ -3,6 +3,7 @@
 from potstill.students.distilbert import to_distilbert
 from potstill.students.importance import LayerChoice, choose_greedily, even_layers
 from potstill.students.initialise import check_layers, cut_layers, fresh_model, save_student
+from potstill.students.lora import add_adapters, find_targets, has_adapters, merge_adapters
 from potstill.students.sentence import save_sentence_encoder
 from potstill.students.static import (
     StaticAnswers,
@@ -20,14 +21,18 @@ __all__ = [
     "StaticAnswers",
     "StaticClassifier",
     "StaticTokens",
+    "add_adapters",
     "check_layers",
     "check_static_packages",
     "choose_greedily",
     "cut_layers",
     "distil_static",
     "even_layers",
+    "find_targets",
     "fresh_model",
+    "has_adapters",
     "load_static",
+    "merge_adapters",
     "save_sentence_encoder",
     "save_static",
     "save_student",

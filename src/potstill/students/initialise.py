@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from potstill.errors import ModelError, RecipeError
 from potstill.students.blocks import find_blocks, pick_layers
+from potstill.students.lora import has_adapters, merge_adapters
 
 __all__ = ["check_layers", "cut_layers", "fresh_model", "save_student"]
 
@@ -26,12 +27,12 @@ _DRAWN = (("temperature", 1.0), ("top_p", 1.0), ("min_p", None), ("typical_p", 1
 """What a generation config may say of sampling, with the values that say nothing."""
 
 
-def check_layers(keep: Sequence[int], depth: int, key: str = "student.keep") -> None:
-    """Raises RecipeError naming the first layer that a teacher of `depth` layers does not have."""
+def check_layers(keep: Sequence[int], depth: int, key: str = "student.keep", whose: str = "the teacher") -> None:
+    """Raises RecipeError naming the first layer that `whose` model, which has `depth` of them, does not have."""
     for index, layer in enumerate(keep):
         if not 0 <= layer < depth:
             raise RecipeError(
-                f"{key}[{index}]={layer}: the teacher has layers 0..{depth - 1}. Use a layer in that range, or "
+                f"{key}[{index}]={layer}: {whose} has layers 0..{depth - 1}. Use a layer in that range, or "
                 f"`keep: greedy` with `count` to let potstill choose."
             )
 
@@ -154,10 +155,11 @@ def _resize(teacher_config: Any, sizes: Mapping[str, int | bool]) -> Any:
 def save_student(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write weights, config, generation config, tokenizer and chat template; `dtype` rounds the weights on the way.
 
-    An encoder has no generation config; the tokenizer of one without token types, as of a DistilBERT that was a BERT,
-    gives none. Neither `model` nor `tokenizer` is changed.
+    Adapters are merged first, so that the folder needs none. An encoder has no generation config; the tokenizer of one
+    without token types, as of a DistilBERT that was a BERT, gives none. Neither `model` nor `tokenizer` is changed.
     """
-    target = model if dtype is None else copy.deepcopy(model).to(dtype)
+    whole = merge_adapters(model) if has_adapters(model) else model
+    target = whole if dtype is None else copy.deepcopy(whole).to(dtype)
     sampling = getattr(target, "generation_config", None)
     drawn = [name for name, default in _DRAWN if getattr(sampling, name, None) not in (None, default)]
     if sampling and drawn and not sampling.do_sample:

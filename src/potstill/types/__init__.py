@@ -6,12 +6,15 @@ Imports torch and the standard library only, and holds no algorithm beyond what 
 from potstill.types.batch import IGNORE, Batch, Example
 from potstill.types.logits import Head, Logits, Mixture, SparseLogits, States, TeacherLogits
 from potstill.types.protocols import Engine, LessonSource, Loss, Measurement, Reader, Sampling
+from potstill.types.request import Author, Completion, Request, Usage
 from potstill.types.signal import AttentionVectors, Lesson, LossSum, Offer, Role, Signal, StudentView, Wants
 
 __all__ = [
     "IGNORE",
     "AttentionVectors",
+    "Author",
     "Batch",
+    "Completion",
     "Engine",
     "Example",
     "Head",
@@ -24,6 +27,7 @@ __all__ = [
     "Mixture",
     "Offer",
     "Reader",
+    "Request",
     "Role",
     "Sampling",
     "Signal",
@@ -31,5 +35,6 @@ __all__ = [
     "States",
     "StudentView",
     "TeacherLogits",
+    "Usage",
     "Wants",
 ]

@@ -1,0 +1,310 @@
+"""The loop that asks: many requests at once, each attempt set aside in the ledger before it is sent, retried by rule.
+
+Refuses to send what the ledger has an answer to, and to send anything once the budget or the user says stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.parse import urlsplit, urlunsplit
+
+from potstill.engines.ledger import Asked, Budget, Ledger, Outcome, Record, Spend, request_key
+from potstill.engines.openai import BadAnswer, Endpoint
+from potstill.engines.pace import Pace
+from potstill.engines.prices import Price, most_tokens
+from potstill.engines.replies import Reply, Verdict, delay_s, judge, load_of
+from potstill.engines.spent import spend_of, spent_on
+from potstill.engines.tally import TallyCounter
+from potstill.errors import PotstillError, TeacherError
+from potstill.types import Request
+
+__all__ = ["KNOWN", "Asker", "Attempt", "Call", "Job", "Stopping", "Terms", "job_of", "unread"]
+
+KNOWN = ("answered", "quarantined")
+"""States of requests that are never sent again."""
+_LOOK_S = 0.05
+"""How often it is looked whether somebody asked to stop."""
+_BUSY_S = 0.2
+"""How often it is looked whether another process has its answer."""
+
+
+class Stopping(Protocol):
+    """Whether somebody asked to stop."""
+
+    def asked(self) -> bool:
+        """Whether so."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Under which run's name is asked, at what price (None: unknown), within which budget, how often at most."""
+
+    run: str
+    price: Price | None
+    budget: Budget
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request as it is sent (`body`) and kept (`asked`), with the most that an attempt can cost."""
+
+    request: Request
+    body: dict[str, Any]
+    asked: Asked
+    worst: Spend
+
+
+def job_of(endpoint: Endpoint, request: Request, terms: Terms) -> Job:
+    """The request as this endpoint takes it. Raises ValueError where it does not fit the endpoint's api."""
+    body = endpoint.body(request)
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    api = "chat" if "messages" in body else "completion"
+    key = request_key(endpoint.model, api, text, request.sample)
+    place = _without_secrets(endpoint.base_url)
+    asked = Asked(key, text, endpoint.model, place, terms.run, user=request.user, sample=request.sample)
+    tokens_in = most_tokens(text, len(request.messages or ()))
+    picousd = None if terms.price is None else terms.price.worst(tokens_in, request.max_tokens)
+    return Job(request, body, asked, Spend(tokens_in, request.max_tokens, picousd))
+
+
+def unread(ledger: Ledger, jobs: Iterable[Job], call: Call) -> Iterator[Job | None]:
+    """Those jobs that the ledger has no answer to, once each; None for every other, so that the loop may breathe."""
+    seen: set[bytes] = set()
+    for job in jobs:
+        key = job.asked.key
+        if key in seen:
+            call.repeat()
+            yield None
+        elif ledger.states([key]).get(key) in KNOWN:
+            call.read(job)
+            yield None
+        else:
+            yield job
+        seen.add(key)
+
+
+class Asker:
+    """Asks one endpoint for the answers that are missing."""
+
+    def __init__(self, endpoint: Endpoint, ledger: Ledger, terms: Terms, pace: Pace) -> None:
+        """`pace` says when a request may be sent."""
+        self.endpoint, self.ledger, self.terms, self.pace = endpoint, ledger, terms, pace
+
+    async def ask(self, jobs: Iterator[Job | None], window: int, call: Call) -> None:
+        """Asks every job, `window` of them at a time, and returns when all attempts are in the ledger.
+
+        Raises TeacherError where the endpoint refuses or fails too often, StoreError where the ledger does.
+        """
+        watchers = [asyncio.create_task(watch) for watch in (call.watch(), self._close_pace(call))]
+        workers = [asyncio.create_task(self._work(jobs, call)) for _ in range(window)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for task in (*watchers, *workers):
+                task.cancel()
+        if call.failure is not None:
+            raise call.failure
+
+    async def _close_pace(self, call: Call) -> None:
+        """Whoever waits for a turn when the call ends needs none any more."""
+        await call.ended.wait()
+        self.pace.close()
+
+    async def _work(self, jobs: Iterator[Job | None], call: Call) -> None:
+        try:
+            for job in jobs:
+                if job is None:
+                    await asyncio.sleep(0)
+                else:
+                    await self._answer(job, call)
+                if call.ended.is_set():
+                    return
+        except PotstillError as error:
+            call.fail(error)
+
+    async def _answer(self, job: Job, call: Call) -> None:
+        """Attempts until there is an answer, or none is to be had."""
+        for attempt in range(1, self.terms.attempts + 1):
+            reply = await self._send(job, call)
+            if reply is None:
+                return
+            number, answer = reply
+            is_last = attempt == self.terms.attempts or call.ended.is_set()
+            if await self._take(job, call, Attempt(number, answer, is_last)):
+                return
+            await call.pause(delay_s(attempt, answer, random.random))
+            if call.ended.is_set():
+                return
+
+    async def _send(self, job: Job, call: Call) -> tuple[int, Reply] | None:
+        """One attempt, within budget; None where none is to be made (any more)."""
+        is_alone = False
+        while not call.ended.is_set():
+            async with self.pace.slot(job.worst.input_tokens + job.worst.output_tokens) as turn:
+                if call.ended.is_set():
+                    return None
+                claim = await asyncio.wrap_future(self.ledger.claim(job.asked, job.worst, self.terms.budget))
+                if claim.verdict == "send":
+                    call.open += 1
+                    reply = await self.endpoint.send(job.body)
+                    self.pace.report(load_of(reply), reply.headers.retry_after_s, turn=turn)
+                    return claim.attempt, reply
+            if claim.verdict == "known":
+                call.read(job)
+                return None
+            if claim.verdict == "busy":
+                await call.pause(_BUSY_S)
+            elif call.open:
+                await call.settled()
+            elif is_alone:
+                call.end("budget")
+            else:
+                # What has just been settled may have made room: look once more before stopping for good.
+                is_alone = True
+        return None
+
+    async def _take(self, job: Job, call: Call, attempt: Attempt) -> bool:
+        """Puts what an attempt brought into the ledger; whether the request has ended."""
+        outcome, verdict = self._judge(job, attempt)
+        await asyncio.wrap_future(self.ledger.settle(attempt.number, outcome))
+        call.close(outcome)
+        has_ended = outcome.state != "reserved" and verdict != "stop"
+        if verdict == "stop":
+            call.fail(TeacherError(self.endpoint.refusal(attempt.reply)))
+        elif has_ended:
+            call.count_ended(outcome)
+            self.pace.breaker.record(outcome.reason)
+        else:
+            call.count.retried[outcome.reason] += 1
+        return has_ended or verdict == "stop"
+
+    def _judge(self, job: Job, attempt: Attempt) -> tuple[Outcome, Verdict]:
+        reply, verdict, price = attempt.reply, judge(attempt.reply), self.terms.price
+        if verdict != "answer":
+            is_over = verdict == "give_up" or (verdict == "retry" and attempt.is_last)
+            spent = spent_on(reply, job.worst, price)
+            return Outcome("given_up" if is_over else "reserved", spent, reply.problem or verdict), verdict
+        try:
+            answer = self.endpoint.parse(reply.raw, job.request)
+        except BadAnswer as error:
+            spent = spent_on(reply, job.worst, price)
+            if attempt.is_last:
+                return Outcome("quarantined", spent, error.reason, raw=reply.raw), verdict
+            return Outcome("reserved", spent, error.reason), verdict
+        spent = spend_of(answer.usage, price) if answer.usage else job.worst
+        return Outcome("answered", spent, raw=reply.raw, served=answer.model, usage=answer.usage), verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """An attempt that has come to something: its number in the ledger, and whether no other may follow."""
+
+    number: int
+    reply: Reply
+    is_last: bool
+
+
+class Call:
+    """One `ask` while it lasts: how many attempts are open, whether it is to end, and why."""
+
+    def __init__(
+        self,
+        count: TallyCounter,
+        reread: Callable[[Job], Outcome],
+        stopping: Stopping | None,
+        advance: Callable[[int], None],
+    ) -> None:
+        """`reread` reads an answer that is there; `advance` is told of every request that has ended."""
+        self.count, self.open = count, 0
+        self.ended = asyncio.Event()
+        self.failure: PotstillError | None = None
+        self._reread, self._stopping, self._advance = reread, stopping, advance
+        self._changed = asyncio.Event()
+
+    def read(self, job: Job) -> None:
+        """The ledger has the answer to a request already."""
+        outcome = self._reread(job)
+        if outcome.state == "answered":
+            self.count.answered_before += 1
+            self.count.served[outcome.served] += 1
+        else:
+            self.count.quarantined[outcome.reason] += 1
+        self._advance(1)
+
+    def end(self, stopped_by: str) -> None:
+        """Nothing more is sent; what is open may still come."""
+        if not self.ended.is_set():
+            self.count.stopped_by = "budget" if stopped_by == "budget" else "interrupt"
+        self._wake()
+
+    def fail(self, error: PotstillError) -> None:
+        """Nothing more is sent, and `error` is raised when what is open has come."""
+        self.failure = self.failure or error
+        self._wake()
+
+    def close(self, outcome: Outcome) -> None:
+        """An attempt has ended, and the ledger knows."""
+        self.open -= 1
+        self.count.spend(outcome.spent)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def repeat(self) -> None:
+        """A request is the same as another of this call."""
+        self.count.repeated += 1
+        self._advance(1)
+
+    def count_ended(self, outcome: Outcome) -> None:
+        """A request has ended."""
+        if outcome.state == "answered":
+            self.count.answered += 1
+            self.count.served[outcome.served] += 1
+        else:
+            counts = self.count.quarantined if outcome.state == "quarantined" else self.count.given_up
+            counts[outcome.reason] += 1
+        self._advance(1)
+
+    def conclude(self, job: Job, record: Record | None) -> None:
+        """How a request ended that was sent in this call, and settled without being read."""
+        if record is None or (record.state == "reserved" and self.ended.is_set()):
+            return
+        if record.raw is None:
+            self.count_ended(Outcome("given_up", Spend(), record.reason))
+        else:
+            self.count_ended(self._reread(job))
+
+    async def settled(self) -> None:
+        """Waits until an attempt has ended."""
+        await self._changed.wait()
+
+    async def pause(self, seconds: float) -> None:
+        """Waits so long, or until the end."""
+        try:
+            await asyncio.wait_for(self.ended.wait(), seconds)
+        except TimeoutError:
+            return
+
+    async def watch(self) -> None:
+        """Ends the call when somebody asks to stop."""
+        while self._stopping is not None:
+            if self._stopping.asked():
+                self.end("interrupt")
+                return
+            await asyncio.sleep(_LOOK_S)
+
+    def _wake(self) -> None:
+        self.ended.set()
+        self._changed.set()
+
+
+def _without_secrets(base_url: str) -> str:
+    """Some put a password or a key into the address."""
+    parts = urlsplit(base_url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

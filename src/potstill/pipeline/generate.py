@@ -1,0 +1,192 @@
+"""The stage generate: a teacher writes what the student will learn, and what is right and clean of it is kept.
+
+Answers stay in the ledger, so that whatever ends this stage, the next attempt asks for what is missing only. Refuses to
+keep a word of which nobody knows who wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from random import Random
+from typing import Any
+
+from pydantic import JsonValue
+
+from potstill.data import encode_example
+from potstill.data.prompts import Prompt
+from potstill.data.similar import effective_size
+from potstill.engines.tally import Tally
+from potstill.errors import DataError
+from potstill.pipeline.authors import check_spent, opened_author
+from potstill.pipeline.disk import write_json_atomic
+from potstill.pipeline.grading import opened_grader
+from potstill.pipeline.harvest import Harvest, Picked
+from potstill.pipeline.licence import check_terms
+from potstill.pipeline.progress import metered
+from potstill.pipeline.questions import Plan, messages_of, plan_prompts
+from potstill.pipeline.rundir import Stage
+from potstill.pipeline.stages import open_tokenizer
+from potstill.pipeline.stopping import Stopping
+from potstill.pipeline.survey import SPLITS
+from potstill.pipeline.written import QUESTIONS, ROWS, UNVERIFIED, Question, dump_question, write_lines
+from potstill.recipes import Recipe
+from potstill.recipes.generate import Generate
+from potstill.types import Example, Request
+
+__all__ = ["generate", "requests_for"]
+
+LEAKS, UNSOLVED = "leaks.json", "unsolved.json"
+"""Text that was removed because a test has it too, with the text that they share; prompts that were never solved."""
+
+SHOWN_LEAKS = 1000
+
+TRIED = 8
+"""Prompts on which the verifier is tried before the teacher is asked."""
+
+SIZED_TEXTS = 20_000
+"""Of more prompts than these, so many say how large the data effectively is."""
+
+
+def generate(recipe: Recipe, stage: Stage, *, stopping: Stopping) -> None:
+    """Ask the teacher for `samples` answers to every prompt; keep what is verified, chosen and clean.
+
+    Raises RecipeError where the teacher's terms forbid it, DataError where nothing is left to learn from, and what the
+    endpoint and the budget raise.
+    """
+    spec = recipe.generate
+    if spec is None:
+        raise ValueError("the recipe asks no teacher to write")
+    check_terms(recipe)
+    _check_student(recipe)
+    with metered("write prompts", None, "answers") as meter, opened_author(recipe, meter.advance, stopping) as author:
+        plan = plan_prompts(recipe, author.ask)
+    asked = [(split, prompt) for split in SPLITS for prompt in plan.prompts[split]]
+    Random(recipe.seed).shuffle(asked)  # where the budget ends midway, every split has its share of what there is
+    _check_verifier(spec, [prompt for _, prompt in asked[:TRIED]])
+    requests = [one for _, prompt in asked for one in requests_for(prompt, spec)]
+    with (
+        metered("generate", len(requests), "answers") as meter,
+        opened_author(recipe, meter.advance, stopping) as author,
+    ):
+        with stopping.held():
+            answers = author.ask(requests)
+        tally = author.tally
+        check_spent(recipe, tally)
+        with Harvest(recipe, asked, answers, tests=plan.tests, ask=author.ask) as harvest:
+            kept = write_lines(stage.folder / ROWS, (_line(recipe, one, author.key_of) for one in harvest.kept()))
+            if recipe.has_control:
+                drawn = harvest.unverified()
+                write_lines(stage.folder / UNVERIFIED, (_line(recipe, one, author.key_of) for one in drawn))
+        author.note_use(requests, recipe.folder, stage.folder.name)
+    _check(harvest, tally)
+    _write_questions(stage, plan, spec)
+    write_json_atomic(stage.folder / UNSOLVED, list(harvest.unsolved))
+    leaks = [*plan.leaks, *harvest.leaks][:SHOWN_LEAKS]
+    write_json_atomic(stage.folder / LEAKS, [{"prompt": name, **asdict(leak)} for name, leak in leaks])
+    stage.finish(rows=kept, **_facts(plan, harvest, tally))
+
+
+def _check_student(recipe: Recipe) -> None:
+    """Raises DataError where the student's chat template has no place for an answer, before any is paid for."""
+    tokenizer = open_tokenizer(recipe)
+    system = recipe.generate.system if recipe.generate else None
+    asked = messages_of(Prompt("chat template", text="What is it?"), system)
+    said = {"role": "assistant", "content": "It is this.", "reasoning_content": "Let me think."}
+    encode_example(Example("chat template", messages=(*asked, said)), tokenizer)
+
+
+def _check_verifier(spec: Generate, prompts: Sequence[Prompt]) -> None:
+    """Raises what is wrong with the verifier, and with the columns that it asks for, before any answer is paid for."""
+    with closing(opened_grader(spec)) as grader:
+        grader.grade([("", prompt.row) for prompt in prompts])
+
+
+def requests_for(prompt: Prompt, spec: Generate) -> Iterator[Request]:
+    """What is asked about one prompt: as many answers as wanted."""
+    for sample in range(spec.samples):
+        yield Request(
+            messages=messages_of(prompt, spec.system),
+            max_tokens=spec.sampling.max_tokens,
+            temperature=spec.sampling.temperature,
+            top_p=spec.sampling.top_p,
+            stop=tuple(spec.sampling.stop),
+            sample=sample,
+            user=str(prompt.row.get("user") or ""),
+        )
+
+
+def _line(recipe: Recipe, picked: Picked, key_of: Any) -> dict[str, Any]:
+    """A conversation to learn, with who wrote it."""
+    spec, answer = recipe.generate, picked.answer
+    if spec is None or not answer.model:
+        raise ValueError(f"{picked.prompt.id}: nobody knows who answered")
+    request = next(one for one in requests_for(picked.prompt, spec) if one.sample == picked.sample)
+    return {
+        "id": f"{picked.prompt.id}#{picked.sample}",
+        "split": picked.split,
+        "prompt_id": picked.prompt.id,
+        "messages": list(picked.messages),
+        "provenance": {
+            "written_by": answer.model,
+            "via": getattr(recipe.teacher, "base_url", ""),
+            "request": key_of(request).hex(),
+            "reasoning": answer.reasoning_kind,
+            "prompt": dict(picked.prompt.provenance),
+        },
+    }
+
+
+def _write_questions(stage: Stage, plan: Plan, spec: Generate) -> None:
+    """The held-out prompts, of which it is known by now whether training text shares words with them."""
+    matched = plan.tests.matched if plan.tests else frozenset()
+    write_lines(
+        stage.folder / QUESTIONS,
+        (
+            dump_question(
+                Question(
+                    prompt.id,
+                    messages_of(prompt, spec.system if spec.teach_system else None),
+                    prompt.row,
+                    any(name == prompt.id for source, name in matched if source == "held out"),
+                )
+            )
+            for prompt in plan.prompts["test"]
+        ),
+    )
+
+
+def _check(harvest: Harvest, tally: Tally) -> None:
+    """Raises DataError where a split is left without a row, with what became of the answers."""
+    for split in SPLITS:
+        if harvest.rows[split]:
+            continue
+        dropped = "; ".join(f"{why}: {count:,}" for why, count in harvest.dropped.most_common(6)) or "none was dropped"
+        spent = " The budget was used up." if tally.stopped_by == "budget" else ""
+        raise DataError(
+            f"generate: no answer to the {split} prompts is left of {harvest.seen[split]:,} that came ({dropped})."
+            f"{spent} Look at the answers (potstill ledger export), then change the prompt, the verifier or the "
+            "cleaning; what was answered is not asked again."
+        )
+
+
+def _facts(plan: Plan, harvest: Harvest, tally: Tally) -> Mapping[str, JsonValue]:
+    """What the report tells of this stage."""
+    texts = [prompt.text or str(prompt.messages) for prompt in plan.prompts["train"][:SIZED_TEXTS]]
+    size = effective_size(texts)
+    return {
+        "prompts": {split: len(found) for split, found in plan.prompts.items()},
+        "prompts_dropped": dict(plan.dropped),
+        "effective": {"prompts": size.texts, "clusters": size.clusters, "distinct": size.distinct},
+        "kept": {split: harvest.rows[split] for split in SPLITS},
+        "dropped": dict(harvest.dropped),
+        "masked": dict(harvest.masked),
+        "verdicts": dict(harvest.verdicts),
+        "difficulty": list(harvest.difficulty),
+        "unsolved": len(harvest.unsolved),
+        "leaks": len(plan.leaks) + len(harvest.leaks),
+        "reasoning": dict(harvest.reasoning),
+        "tally": {**asdict(tally), "remarks": list(tally.remarks())},
+        "notes": list(plan.notes),
+    }

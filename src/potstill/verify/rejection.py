@@ -1,0 +1,133 @@
+"""Which of a prompt's samples are kept, and how hard the prompts were. Refuses to count what is unknown as wrong."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from potstill.verify.verdict import Verdict
+
+__all__ = ["Difficulty", "choose", "difficulty", "pass_at_k"]
+
+Rule = Literal["all", "shortest", "distinct"]
+
+BINS = 10
+SHINGLE = 5
+"""Words that are compared at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difficulty:
+    """How hard prompts were for the teacher. Shares are of samples whose verdict is known.
+
+    rates          id: share of right samples, of prompts with a known verdict
+    histogram      number of prompts by rate: 10 bins of equal width, the last one with 1.0
+    pass_at        k: mean over those prompts that have k known samples; k = 1, 2, 4, ... as far as any prompt goes
+    never_solved   ids of prompts whose known samples are all wrong
+    never_known    ids of prompts without a known verdict
+    right, wrong, unknown   samples
+    """
+
+    rates: Mapping[str, float]
+    histogram: tuple[int, ...]
+    pass_at: Mapping[int, float]
+    never_solved: tuple[str, ...]
+    never_known: tuple[str, ...]
+    right: int
+    wrong: int
+    unknown: int
+
+
+def choose(samples: Sequence[tuple[str, Verdict]], *, rule: Rule = "all", most: int | None = None) -> tuple[int, ...]:
+    """Which right samples of one prompt to keep, by index; `most` of them at most. Equal ones are kept once.
+
+    all       in order
+    shortest  of fewest characters first
+    distinct  the first one, then again and again the one that is least like those chosen: whose largest Jaccard
+              similarity |A n B| / |A u B| of word 5-shingles to any of them is smallest
+
+    Ties go to the earlier one. Raises ValueError for `most` below 1. Yuan et al. (2023), arXiv:2308.01825.
+    """
+    if most is not None and most < 1:
+        raise ValueError(f"most={most}: needs at least 1, or None for all")
+    first: dict[str, int] = {}
+    for index, (text, verdict) in enumerate(samples):
+        if verdict.right:
+            first.setdefault(" ".join(text.split()), index)
+    candidates = list(first.values())
+    if rule == "shortest":
+        candidates.sort(key=lambda index: len(samples[index][0]))
+    elif rule == "distinct":
+        candidates = _farthest({index: samples[index][0] for index in candidates}, most)
+    return tuple(candidates[:most])
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """1 - C(n - c, k) / C(n, k): the chance that one of k samples is right, from n samples of which c are; unbiased.
+
+    Raises ValueError unless 0 <= c <= n and 1 <= k <= n. Chen et al. (2021), arXiv:2107.03374, eq. 1.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"n={n}, c={c}, k={k}: needs 0 <= c <= n and 1 <= k <= n")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def difficulty(verdicts: Mapping[str, Sequence[Verdict]]) -> Difficulty:
+    """What the verdicts on the samples of every prompt, by its id, come to."""
+    counts = {name: _counts(of) for name, of in verdicts.items()}
+    known = {name: (right + wrong, right) for name, (right, wrong, _) in counts.items() if right + wrong}
+    rates = {name: c / n for name, (n, c) in known.items()}
+    histogram = [0] * BINS
+    for n, c in known.values():
+        histogram[min(BINS - 1, BINS * c // n)] += 1
+    right, wrong, unknown = (sum(column) for column in zip(*counts.values(), strict=True)) if counts else (0, 0, 0)
+    return Difficulty(
+        rates,
+        tuple(histogram),
+        _pass_at(list(known.values())),
+        tuple(name for name, (_, c) in known.items() if c == 0),
+        tuple(name for name in counts if name not in known),
+        right,
+        wrong,
+        unknown,
+    )
+
+
+def _counts(verdicts: Sequence[Verdict]) -> tuple[int, int, int]:
+    values = [verdict.right for verdict in verdicts]
+    return values.count(True), values.count(False), values.count(None)
+
+
+def _pass_at(known: list[tuple[int, int]]) -> dict[int, float]:
+    largest = max((n for n, _ in known), default=0)
+    means = {}
+    for k in (1 << power for power in range(largest.bit_length())):
+        values = [pass_at_k(n, c, k) for n, c in known if n >= k]
+        means[k] = math.fsum(values) / len(values)
+    return means
+
+
+def _farthest(texts: Mapping[int, str], most: int | None) -> list[int]:
+    """Greedy: each next one is as far as can be from those before it."""
+    left = {index: _shingles(text) for index, text in texts.items()}
+    nearest = dict.fromkeys(left, 0.0)
+    chosen: list[int] = []
+    while left and (most is None or len(chosen) < most):
+        index = min(left, key=lambda other: (nearest[other], other))
+        taken = left.pop(index)
+        chosen.append(index)
+        for other, shingles in left.items():
+            nearest[other] = max(nearest[other], _jaccard(taken, shingles))
+    return chosen
+
+
+def _shingles(text: str) -> frozenset[tuple[str, ...]]:
+    words = re.findall(r"\w+|[^\w\s]", text.casefold())
+    return frozenset(tuple(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1)))
+
+
+def _jaccard(a: frozenset[tuple[str, ...]], b: frozenset[tuple[str, ...]]) -> float:
+    return len(a & b) / len(a | b)
