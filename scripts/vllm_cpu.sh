@@ -108,13 +108,15 @@ PY
 
 port_is_taken() { (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; }
 
-# Eager: compiling takes longer than all that a demo asks of so small a model, and needs a compiler here.
+# Eager: compiling takes longer than all that a demo asks of so small a model, and needs a compiler here. Without white
+# space in JSON: JSON allows any amount of it, and small models use that until their tokens are spent.
 launch() {
     local folder
     folder=$("$potstill" samples fetch "$model")
     HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 VLLM_CPU_KVCACHE_SPACE=2 \
         setsid "$env/bin/vllm" serve "$folder" --host 127.0.0.1 --port "$port" --dtype bfloat16 \
         --max-model-len 2048 --served-model-name "$model" --enforce-eager --disable-uvicorn-access-log \
+        --structured-outputs-config "{\"backend\": \"xgrammar\", \"disable_any_whitespace\": true}" \
         >"$state/log" 2>&1 </dev/null 9>&- &
     echo $! >"$state/pid"
     echo "$base/v1" >"$state/url"

@@ -9,11 +9,13 @@ import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 from tests.servers.api import Server, serve
 from tests.servers.faults import Settings
 
+from potstill.engines import Ledger
 from potstill.errors import BudgetError, DataError, PotstillError
 from potstill.pipeline.run import explain_run, run_recipe
 from potstill.recipes import load_recipe
@@ -159,7 +161,7 @@ BAD = {
     "a student made of the teacher": ({"student": {"kind": "layers", "count": 2}}, "student.kind: layers"),
     "a loss that needs more than text": (
         {"losses": [{"kind": "forward_kl"}]},
-        "losses\\[0\\].kind=forward_kl needs LOGITS",
+        "losses\\[0\\].kind=forward_kl needs LOGITS, but a teacher that writes offers TEXT",
     ),
 }
 
@@ -325,3 +327,23 @@ def test_prompts_of_every_source(written, kind):
     assert sum(facts["prompts"].values()) + facts["prompts_dropped"].get("prompt shares text with a test", 0) == count
     assert facts["prompts"]["test"] >= 3
     assert not (recipe.folder / "generate" / "unverified.jsonl").exists()
+
+
+def test_a_teacher_of_this_machine_writes_too_and_is_asked_once(written, server, tiny_llama):
+    local = {"kind": "local", "model": str(tiny_llama), "dtype": "fp32"}
+    recipe = written(
+        server,
+        **{
+            "teacher": local,
+            "generate.verify": None,
+            "generate.samples": 1,
+            "generate.sampling": {"max_tokens": 12, "temperature": 0.7},
+        },
+    )
+    for _ in range(2):
+        # A random model does not end what it begins, and what is cut off is not learned.
+        with pytest.raises(DataError, match="cut off at max_tokens"):
+            run_recipe(recipe, until="generate")
+        with Ledger(recipe.folder.parent / "ledger.sqlite") as ledger:
+            assert ledger.spent("written") == (PROBLEMS, ANY, 0)
+    assert not server.answered

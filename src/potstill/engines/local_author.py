@@ -7,8 +7,9 @@ choices, schemas and log-probabilities.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +66,14 @@ class LocalAuthor:
         finally:
             self.tally = count.tally()
         return Answers(requests, self._find, _parse).as_sequence()
+
+    def key_of(self, request: Request) -> bytes:
+        """The ledger's key of this request and its sample."""
+        return self._asked(request).key
+
+    def note_use(self, requests: Iterable[Request], run_folder: str | Path, stage: str) -> None:
+        """Keep in the ledger that this stage of this run reads the answers, so that forgetting one can name it."""
+        self._ledger.record_use(map(self.key_of, requests), run_folder, stage)
 
     def _answer(
         self, asked: Sequence[Asked], requests: Sequence[Request], so_far: tuple[TallyCounter, set[bytes]]

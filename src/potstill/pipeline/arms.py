@@ -142,9 +142,9 @@ def lessons_for(
     asks, role = bool(objective.needs), cast_of(recipe, inputs.prepared)
     if inputs.captured and role.causal:
         return _stored_lessons(recipe, inputs, device, asks=asks)
-    if recipe.generate:
-        teacher, models = Silent(), ()
-    else:
+    teacher: Reader = Silent()
+    models: tuple[Any, ...] = ()
+    if recipe.generate is None:
         teacher, models = open_teacher(recipe, inputs, eager=needs_eager(wants_of(objective)))
     batches = held_out_batches(
         recipe,

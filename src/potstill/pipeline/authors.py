@@ -10,51 +10,71 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from potstill.engines import ApiAuthor, LocalAuthor, pick_device
 from potstill.engines.asking import Terms, job_of
-from potstill.engines.author import ApiAuthor
 from potstill.engines.ledger import Budget, Ledger, Spend
 from potstill.engines.openai import Endpoint
 from potstill.engines.prices import Price, find_price, price_of
 from potstill.engines.tally import Tally
 from potstill.errors import BudgetError, RecipeError
+from potstill.pipeline.build import build_engine
 from potstill.pipeline.chain import runs_folder
+from potstill.pipeline.places import identify, resolve_model
 from potstill.pipeline.stopping import Stopping
 from potstill.recipes import Recipe
 from potstill.recipes.endpoints import Budget as Spending
-from potstill.recipes.schema import OpenAITeacher
+from potstill.recipes.schema import LocalTeacher, OpenAITeacher
 from potstill.types import Request
 
 __all__ = [
     "build_endpoint",
     "check_spent",
+    "writing_teacher",
     "ledger_place",
     "limits_of",
     "opened_author",
     "read_key",
     "token_price",
     "worst_case",
-    "writing_teacher",
 ]
 
 
 @contextmanager
-def opened_author(recipe: Recipe, advance: Callable[[int], None], stopping: Stopping) -> Iterator[ApiAuthor]:
+def opened_author(
+    recipe: Recipe, advance: Callable[[int], None], stopping: Stopping
+) -> Iterator[ApiAuthor | LocalAuthor]:
     """The teacher of this recipe, ready to be asked; `advance` is told of requests that have ended."""
+    with Ledger(ledger_place(recipe)) as ledger:
+        teacher = recipe.teacher
+        if isinstance(teacher, LocalTeacher):
+            yield _local_author(recipe.name, teacher, ledger, advance=advance, stopping=stopping)
+            return
+        yield _api_author(recipe, ledger, advance, stopping)
+
+
+def _api_author(recipe: Recipe, ledger: Ledger, advance: Callable[[int], None], stopping: Stopping) -> ApiAuthor:
     teacher = writing_teacher(recipe)
     limits = Budget(usd=teacher.budget.usd, requests=teacher.budget.requests, tokens=teacher.budget.tokens)
-    terms = Terms(run=recipe.name, price=token_price(teacher), budget=limits, attempts=teacher.attempts)
-    with Ledger(ledger_place(recipe)) as ledger:
-        yield ApiAuthor(
-            build_endpoint(teacher),
-            ledger,
-            terms,
-            concurrency=teacher.limits.concurrency,
-            requests_per_minute=teacher.limits.requests_per_minute,
-            tokens_per_minute=teacher.limits.tokens_per_minute,
-            batch=teacher.batch,
-            stopping=stopping,
-            advance=advance,
-        )
+    return ApiAuthor(
+        build_endpoint(teacher),
+        ledger,
+        Terms(run=recipe.name, price=token_price(teacher), budget=limits, attempts=teacher.attempts),
+        concurrency=teacher.limits.concurrency,
+        requests_per_minute=teacher.limits.requests_per_minute,
+        tokens_per_minute=teacher.limits.tokens_per_minute,
+        batch=teacher.batch,
+        stopping=stopping,
+        advance=advance,
+    )
+
+
+def _local_author(
+    run: str, teacher: LocalTeacher, ledger: Ledger, *, advance: Callable[[int], None], stopping: Stopping
+) -> LocalAuthor:
+    model = resolve_model(teacher.model, "teacher.model")
+    engine = build_engine(model, teacher.dtype, pick_device(teacher.device, "teacher.device"), "teacher.model")
+    name = f"{teacher.model} ({identify(teacher.model)[:12]})"
+    return LocalAuthor(engine, engine.tokenizer, ledger, name=name, run=run, stopping=stopping, advance=advance)
 
 
 def check_spent(recipe: Recipe, tally: Tally, *, partial: bool = True) -> None:
@@ -62,7 +82,9 @@ def check_spent(recipe: Recipe, tally: Tally, *, partial: bool = True) -> None:
 
     With `partial` false it never does: an evaluation must be whole.
     """
-    budget = writing_teacher(recipe).budget
+    if not isinstance(recipe.teacher, OpenAITeacher):
+        return
+    budget = recipe.teacher.budget
     if tally.stopped_by == "budget" and not (partial and budget.partial):
         limits = ", ".join(f"{name}={value:g}" for name, value in limits_of(budget).items())
         raise BudgetError(
@@ -116,7 +138,7 @@ def read_key(teacher: OpenAITeacher) -> str | None:
 
 def ledger_place(recipe: Recipe) -> Path:
     """The SQLite file of all requests: the recipe's, or one that all runs beside this one share."""
-    named = writing_teacher(recipe).ledger
+    named = getattr(recipe.teacher, "ledger", None)
     return Path(named).expanduser() if named else runs_folder(recipe) / "ledger.sqlite"
 
 

@@ -142,8 +142,11 @@ def check_recorded(recipe: Recipe, cast: Cast, texts: Mapping[Split, Sequence[La
 def teachers_of(recipe: Recipe) -> Mapping[str, Member]:
     """The models that teach, each under its key in the recipe; one that teaches alone is its only member.
 
-    Of a teacher that is trained first, the model that it begins as; of recorded answers or an API, none.
+    Of a teacher that is trained first, the model that it begins as; none of recorded answers, of an API, and of
+    one that only writes.
     """
+    if recipe.generate:
+        return {}
     match recipe.teacher:
         case LocalTeacher(model=model) | FinetuneTeacher(model=model):
             return {"teacher.model": Member(model=model)}

@@ -16,6 +16,7 @@ from potstill.recipes.schema import (
     FinetuneTeacher,
     LanguageModel,
     LayersStudent,
+    LocalTeacher,
     MixtureTeacher,
     OpenAITeacher,
     PretrainedStudent,
@@ -116,6 +117,9 @@ def _identify_student(recipe: Recipe) -> list[object]:
 def _identify_teacher(recipe: Recipe) -> tuple[object, object]:
     """What decides the teacher's tokenizer, and what decides the teacher."""
     teacher = recipe.teacher
+    base = getattr(recipe.student, "model", None)
+    if recipe.generate and isinstance(teacher, LocalTeacher):
+        return base and identify(base), [teacher.model_dump(exclude={"device"}), identify(teacher.model)]
     if isinstance(teacher, RunTeacher):
         # Not the folder's files: the report adds the model card to them, and another assistant of the same sizes
         # could hardly be told by them.
@@ -130,7 +134,6 @@ def _identify_teacher(recipe: Recipe) -> tuple[object, object]:
         host = urlsplit(teacher.base_url).hostname
         own: list[object] = [teacher.kind, teacher.model, teacher.api, teacher.reasoning, host, teacher.tokenizer]
         own.append(teacher.budget.partial)
-        base = getattr(recipe.student, "model", None)
         return base and identify(base), own
     if isinstance(teacher, RecordedTeacher):
         return None, [teacher, identify(teacher.path)]

@@ -87,6 +87,7 @@ class Answers:
 def check_losses(recipe: Recipe) -> None:
     """Raises RecipeError where a loss needs what the teacher or the task cannot offer."""
     offers = _offers(recipe)
+    teacher = f"teacher.kind={recipe.teacher.kind}" if recipe.generate is None else "a teacher that writes"
     for index, term in enumerate(recipe.losses):
         key = f"losses[{index}]"
         if isinstance(recipe.task, Embedding) and isinstance(term, VocabularyTerm):
@@ -97,7 +98,7 @@ def check_losses(recipe: Recipe) -> None:
         need = need_of(term)
         if need and need not in offers:
             raise RecipeError(
-                f"{key}.kind={term.kind} needs {need.name}, but teacher.kind={recipe.teacher.kind} offers "
+                f"{key}.kind={term.kind} needs {need.name}, but {teacher} offers "
                 f"{', '.join(sorted(offer.name for offer in offers)) or Offer.TEXT.name}. Remove this loss, or use "
                 "another teacher."
             )
@@ -168,6 +169,8 @@ def _offers(recipe: Recipe) -> frozenset[Offer]:
     if isinstance(recipe.teacher, RecordedTeacher):
         return frozenset({Offer.LOGITS})
     insides = {Offer.HIDDEN, Offer.ATTENTION, Offer.VECTORS}
+    if recipe.generate:
+        return frozenset()
     if isinstance(recipe.teacher, OpenAITeacher):
         return frozenset() if isinstance(recipe.task, LanguageModel) else frozenset({Offer.LOGITS})
     if isinstance(recipe.task, LanguageModel):

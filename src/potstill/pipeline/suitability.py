@@ -16,6 +16,7 @@ from potstill.recipes.schema import (
     FinetuneTeacher,
     LanguageModel,
     LayersStudent,
+    LocalTeacher,
     MaskedLM,
     MixtureTeacher,
     OnlineSignals,
@@ -55,10 +56,10 @@ def _writing_problems(recipe: Recipe) -> Iterator[str]:
             f"generate: a teacher writes for language models, but task.kind={recipe.task.kind}. Remove generate: for "
             "labels from an API, teacher.kind=openai alone is enough."
         )
-    if not isinstance(recipe.teacher, OpenAITeacher):
+    if not isinstance(recipe.teacher, OpenAITeacher | LocalTeacher):
         yield (
-            f"teacher.kind: {recipe.teacher.kind} cannot be asked to write. Serve the model (vLLM, llama.cpp) and use "
-            "teacher.kind=openai with its base_url, or remove generate."
+            f"teacher.kind: {recipe.teacher.kind} cannot be asked to write. Use local; or serve the model (vLLM, "
+            "llama.cpp) and use openai with its base_url; or remove generate."
         )
     if not isinstance(recipe.signals, OnlineSignals):
         yield (

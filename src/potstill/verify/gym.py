@@ -29,8 +29,8 @@ def gym_verifier(
     """The task's score of the answer reaches `threshold`; the score, of the library, is usually 0 to 1.
 
     The row, or its column `entry`, is the problem as the library made it: question, answer, metadata. The answer is the
-    first group of `pattern` (the last match counts), or what `final_answer` finds. Raises RecipeError for an unknown task,
-    settings or pattern, MissingExtra without reasoning-gym, DataError for a row without an entry.
+    first group of `pattern` (the last match counts), or what `final_answer` finds. Raises RecipeError for an unknown
+    task, settings or pattern, MissingExtra without reasoning-gym, DataError for a row without an entry.
     """
     if pattern is not None and check_pattern(pattern, "verify.pattern").groups < 1:
         raise RecipeError(f"verify.pattern: {pattern!r} has no group. Put ( ) around the answer.")
