@@ -14,7 +14,7 @@ from tests.servers.faults import Settings
 
 from potstill.data import LabelledText
 from potstill.engines import load_tokenizer
-from potstill.errors import RecipeError, TeacherError
+from potstill.errors import BudgetError, RecipeError, TeacherError
 from potstill.pipeline.answers import draw_test_texts, open_answers
 from potstill.pipeline.cast import cast_of
 from potstill.pipeline.labelling import plan_rows, priced, question_of
@@ -156,7 +156,10 @@ def test_a_budget_that_ends_midway_leaves_training_texts_unanswered(labelled):
         whole = labelled(server, "whole", "teacher.budget.requests=1")
         run_recipe(whole, until="prepare")
         held = sum(len(texts_of(whole, split)) for split in ("validation", "test"))
-        recipe = labelled(server, "task", f"teacher.budget.requests={held + 20}")
+        limited = [f"teacher.budget.requests={held + 20}"]
+        with pytest.raises(BudgetError, match=r"^teacher.budget: requests=\d+ was used up"):
+            run_recipe(labelled(server, "task", *limited))
+        recipe = labelled(server, "task", *limited, "teacher.budget.partial=true")
         run_recipe(recipe)
         assert server.stats()["answered"] == held + 20
     found = facts_of(recipe)["labelling"]
@@ -167,7 +170,7 @@ def test_a_budget_that_ends_midway_leaves_training_texts_unanswered(labelled):
 
 def test_a_budget_without_the_held_out_texts_stops_the_run(labelled):
     with served() as server:
-        recipe = labelled(server, "task", "teacher.budget.requests=5")
+        recipe = labelled(server, "task", "teacher.budget.requests=5", "teacher.budget.partial=true")
         with pytest.raises(TeacherError, match=r"^teacher.budget: used up with \d+ of \d+ held-out texts"):
             run_recipe(recipe)
 

@@ -284,7 +284,7 @@ def test_arms_that_are_here_are_timed_in_turns_and_priced(house, monkeypatch):
     assert found["teacher", "cost_usd_per_1000"] == 2.0
     assert found["student", "cost_usd_per_1000"] == pytest.approx(1.0 / found["student", "throughput_per_s"])
     assert ("student", "throughput_vs_teacher") not in found
-    assert "teacher has no speed: its answers were recorded" in notes
+    assert "teacher has no speed: no model of it is here" in notes
     rows = {row["name"]: row for row in files["measurements"] if row["arm"] == "student" and row["slice"] == "test"}
     assert rows["cost_usd_per_1000"]["low"] <= rows["cost_usd_per_1000"]["value"] <= rows["cost_usd_per_1000"]["high"]
 

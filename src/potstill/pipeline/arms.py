@@ -17,7 +17,7 @@ from potstill.engines import load_tokenizer, models_of, needs_eager
 from potstill.engines.local import load_config
 from potstill.losses import Objective
 from potstill.pipeline import build
-from potstill.pipeline.answers import open_answers
+from potstill.pipeline.answers import AnswerReader, open_answers
 from potstill.pipeline.capture import HELD_OUT_LESSONS, open_reader, validated_at_once
 from potstill.pipeline.cast import cast_of
 from potstill.pipeline.course import Course, begin, take
@@ -155,8 +155,10 @@ def lessons_for(
         at_once=validated_at_once(recipe),
         split="validation",
     )
-    held_out = held_out_lessons(batches, teacher, wants_of(examiner))
-    return Lessons(teacher if asks else None, None, held_out, models if asks else ())
+    mark = teacher.mark if isinstance(teacher, AnswerReader) and teacher.has_gaps else None
+    held_out = held_out_lessons(map(mark, batches) if mark else batches, teacher, wants_of(examiner))
+    prepare = (lambda batch, _: mark(batch)) if mark else None
+    return Lessons(teacher if asks else None, prepare, held_out, models if asks else ())
 
 
 def open_teacher(recipe: Recipe, inputs: Inputs, *, eager: bool = False) -> tuple[Reader, tuple[Any, ...]]:

@@ -29,13 +29,13 @@ from potstill.types import Request
 __all__ = [
     "build_endpoint",
     "check_spent",
-    "writing_teacher",
     "ledger_place",
     "limits_of",
     "opened_author",
     "read_key",
     "token_price",
     "worst_case",
+    "writing_teacher",
 ]
 
 

@@ -1,6 +1,6 @@
 """The evaluate stage of tasks over texts: every arm answers the same test texts, alone in memory, and is timed.
 
-Refuses to time a teacher that is not here: whose answers were recorded has no speed.
+Refuses to time a teacher that is not here: recorded answers, and an API, have no speed.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from potstill.data import LabelledText
 from potstill.engines import pick_device
 from potstill.errors import DataError
 from potstill.evaluation import AT_ONCE, Latency, Quantity, cost_usd_per_1000, measure_latency
+from potstill.pipeline.answers import draw_test_texts
 from potstill.pipeline.disk import write_json_atomic
-from potstill.pipeline.findings import Findings, Questions, Said, find, needs_validation, raw_text
+from potstill.pipeline.findings import Findings, Questions, Said, find, heard_by_all, needs_validation, raw_text
 from potstill.pipeline.footprint import measure_peak, measure_sizes, peak_bytes, reset_peak
 from potstill.pipeline.memory import release_memory
 from potstill.pipeline.progress import Meter, metered
 from potstill.pipeline.rundir import Stage
 from potstill.pipeline.texts import open_labels, open_texts
 from potstill.recipes import Recipe
-from potstill.recipes.schema import Price
+from potstill.recipes.schema import OpenAITeacher, Price
 from potstill.recipes.tasks import Embedding
 from potstill.types import Measurement
 
@@ -96,20 +97,23 @@ def evaluate_texts(recipe: Recipe, stage: Stage, prepared: Path, *, answerers: A
     total = len(arms) * (len(_asked(recipe, questions)) + len(questions.validation))
     with metered("evaluate", total, "texts") as meter:
         heard = {arm: _hear(recipe, stage, questions, answerer=answerers(arm), meter=meter) for arm in arms}
-    found = find(recipe, questions, {arm: one.said for arm, one in heard.items()})
+    said, silent = {arm: one.said for arm, one in heard.items()}, list[str]()
+    if isinstance(recipe.teacher, OpenAITeacher):
+        questions, said, silent = heard_by_all(questions, said)
+    found = find(recipe, questions, said)
     speeds, more = _time_arms(recipe, questions, answerers, heard)
     costs = [cost for one in heard.values() for cost in one.costs]
     rows = [asdict(measurement) for measurement in (*found.measurements, *costs, *speeds)]
     files = {"measurements": rows, "calibration": {}, **found.files, "samples": _samples(recipe, questions, found)}
     for name, content in files.items():
         write_json_atomic(stage.folder / f"{name}.json", content)
-    told = [*notes, *_cut_notes(recipe, questions, heard), *found.notes, *more]
+    told = [*notes, *silent, *_cut_notes(recipe, questions, heard), *found.notes, *more]
     stage.finish(rows=len(questions.test), documents=len(questions.test), notes=[*told])
 
 
 def _ask_what(recipe: Recipe, prepared: Path) -> tuple[Questions, list[str]]:
     """The texts, and what is to be noted of their choice."""
-    texts, most = open_texts(prepared, "test"), recipe.evaluation.max_documents
+    texts, total = draw_test_texts(recipe, prepared)
     if not texts:
         raise DataError(
             "data.splits.test: the test split holds no text, so nothing can be measured. Raise data.splits.test, or "
@@ -117,10 +121,9 @@ def _ask_what(recipe: Recipe, prepared: Path) -> tuple[Questions, list[str]]:
         )
     validation = open_texts(prepared, "validation") if needs_validation(recipe) else []
     labels = open_labels(prepared)
-    chosen = sorted(np.random.default_rng(recipe.seed).permutation(len(texts))[:most].tolist())
-    notes = [f"{len(chosen)} of {len(texts)} test texts were asked, drawn by the seed (evaluation.max_documents)"]
-    questions = Questions([texts[place] for place in chosen], validation, labels.names if labels else ())
-    return questions, notes if len(chosen) < len(texts) else []
+    notes = [f"{len(texts)} of {total} test texts were asked, drawn by the seed (evaluation.max_documents)"]
+    questions = Questions(texts, validation, labels.names if labels else ())
+    return questions, notes if len(texts) < total else []
 
 
 def _asked(recipe: Recipe, questions: Questions) -> list[LabelledText]:
@@ -184,7 +187,7 @@ def _time_arms(
     if not recipe.evaluation.speed:
         return [], []
     arms = [arm for arm, one in heard.items() if one.timed]
-    notes = [f"{arm} has no speed: its answers were recorded" for arm in heard if arm not in arms]
+    notes = [f"{arm} has no speed: no model of it is here" for arm in heard if arm not in arms]
     together = sum(heard[arm].parameters for arm in arms) <= SIDE_BY_SIDE
     if "teacher" in arms and recipe.teacher.dtype != recipe.training.precision:
         notes.append(

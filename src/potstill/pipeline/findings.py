@@ -46,7 +46,7 @@ from potstill.recipes.schema import TextTask
 from potstill.recipes.tasks import Classification, Embedding
 from potstill.types import Measurement
 
-__all__ = ["Findings", "Questions", "Said", "find", "needs_validation", "raw_text"]
+__all__ = ["Findings", "Questions", "Said", "find", "heard_by_all", "needs_validation", "raw_text"]
 
 Scores = NDArray[np.float32]
 
@@ -88,6 +88,25 @@ def find(recipe: Recipe, questions: Questions, said: Mapping[str, Said]) -> Find
     if isinstance(recipe.task, Classification):
         return _find_classes(recipe, recipe.task, questions, said)
     return _find_words(recipe, questions, said)
+
+
+def heard_by_all(questions: Questions, said: Mapping[str, Said]) -> tuple[Questions, dict[str, Said], list[str]]:
+    """The texts that an API has answered, with what every arm said of these, and what is to be noted of the others.
+
+    Raises DataError where it has answered no test text.
+    """
+    test_N, validation_N = (np.isfinite(part).all(-1) for part in (said["teacher"].test, said["teacher"].validation))
+    if not test_N.any():
+        raise DataError("evaluation: the teacher has answered no test text. Look at it: `potstill ledger export`.")
+    kept = Questions(_chosen(questions.test, test_N), _chosen(questions.validation, validation_N), questions.labels)
+    heard = {arm: Said(one.test[test_N], one.validation[validation_N]) for arm, one in said.items()}
+    lost = {"test": int((~test_N).sum()), "validation": int((~validation_N).sum())}
+    what = "texts have no answer of the teacher: they are left out for all arms"
+    return kept, heard, [f"{count:,} {split} {what}" for split, count in lost.items() if count]
+
+
+def _chosen(texts: Sequence[LabelledText], which_N: Any) -> Sequence[LabelledText]:
+    return [text for text, chosen in zip(texts, which_N, strict=True) if chosen]
 
 
 def needs_validation(recipe: Recipe) -> bool:

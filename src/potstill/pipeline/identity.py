@@ -134,7 +134,8 @@ def _identify_teacher(recipe: Recipe) -> tuple[object, object]:
         host = urlsplit(teacher.base_url).hostname
         own: list[object] = [teacher.kind, teacher.model, teacher.api, teacher.reasoning, host, teacher.tokenizer]
         own.append(teacher.budget.partial)
-        return base and identify(base), own
+        # Of how it is asked for classes, all but how many answers may be missing.
+        return base and identify(base), [*own, teacher.labelling.model_dump(exclude={"missing"})]
     if isinstance(teacher, RecordedTeacher):
         return None, [teacher, identify(teacher.path)]
     if isinstance(teacher, FinetuneTeacher):

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from potstill.data import LabelledText, Split
-from potstill.engines.author import ApiAuthor
+from potstill.engines import ApiAuthor, LocalAuthor
 from potstill.engines.labeller import LabelAnswer, Labeller, LabelQuestion
 from potstill.engines.prices import Price
 from potstill.engines.tally import Tally
 from potstill.errors import TeacherError
-from potstill.pipeline.authors import opened_author, token_price, writing_teacher
+from potstill.pipeline.authors import check_spent, opened_author, token_price, writing_teacher
 from potstill.pipeline.cast import Cast
 from potstill.pipeline.licence import check_terms
 from potstill.pipeline.progress import metered
@@ -70,7 +70,7 @@ def question_of(recipe: Recipe, cast: Cast) -> LabelQuestion:
 @contextmanager
 def opened_labeller(
     recipe: Recipe, cast: Cast, advance: Callable[[int], None], stopping: Stopping
-) -> Iterator[tuple[Labeller, ApiAuthor]]:
+) -> Iterator[tuple[Labeller, ApiAuthor | LocalAuthor]]:
     """The teacher, ready to be asked for labels; `advance` is told of every answer.
 
     Raises RecipeError where its terms forbid that, or its key is not there.
@@ -109,6 +109,7 @@ def ask_labels(
                 keep(text, answer.scores_C)
             heard.append(Asked(split, answer))
         author.note_use(labeller.requests([text for _, text in places]), recipe.folder, stage)
+    check_spent(recipe, author.tally)
     unanswered = {split: sum(one.split == split and one.answer is None for one in heard) for split in totals}
     _check(recipe, totals, unanswered, author.tally)
     return _facts(heard, totals, unanswered, author.tally, price=token_price(writing_teacher(recipe)))

@@ -78,6 +78,7 @@ def remarks_on(recipe: Recipe, facts: Facts) -> tuple[str, ...]:
         *(_on_texts(recipe, facts) if recipe.over_texts else ()),
         *_on_student(facts["initialise"]),
         *_on_signals(recipe, facts),
+        *map(str, facts.get("capture", {}).get("notes", ())),
         *map(str, facts.get("evaluate", {}).get("notes", ())),
     )
 

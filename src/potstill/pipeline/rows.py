@@ -5,7 +5,7 @@ Refuses to draw masks from anything but the seed and a row's place in the traini
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ def held_out_batches(
         yield rows.batch(numbers)
 
 
-def held_out_lessons(batches: Iterator[Batch], teacher: Reader, wants: Wants) -> list[Lesson]:
+def held_out_lessons(batches: Iterable[Batch], teacher: Reader, wants: Wants) -> list[Lesson]:
     """The batches with what the teacher says of them."""
     return [Lesson(batch, teacher.read(batch, wants)) for batch in batches]
 

@@ -21,7 +21,7 @@ from potstill.pipeline.places import STUDENT
 from potstill.pipeline.rundir import RunDir, Stage, StageStatus, open_run
 from potstill.pipeline.stopping import Stopping
 from potstill.recipes import Recipe, dump_recipe, fingerprint
-from potstill.recipes.schema import RunTeacher, StoredSignals
+from potstill.recipes.schema import OpenAITeacher, RunTeacher, StoredSignals
 
 if TYPE_CHECKING:
     from potstill.pipeline.lessons import Inputs
@@ -271,8 +271,13 @@ class _Walk:
             from potstill.pipeline.examine import evaluate_texts
 
             arms = self._arms()
-            asked = answering(self.taught, prepared, arms)
-            evaluate_texts(self.taught, stage, prepared, answerers=asked, arms=["teacher", *arms])
+            recipe = self.taught
+            if isinstance(recipe.teacher, OpenAITeacher):
+                from potstill.pipeline.labelling import priced
+
+                recipe = priced(recipe, RunDir(self.folder).manifest("capture").facts)
+            asked = answering(recipe, prepared, arms)
+            evaluate_texts(recipe, stage, prepared, answerers=asked, arms=["teacher", *arms])
             return
         if self.asked.generate is not None:
             from potstill.pipeline.solve import evaluate_answers

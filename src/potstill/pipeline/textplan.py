@@ -14,9 +14,10 @@ from potstill.pipeline import build
 from potstill.pipeline.cast import Cast, cast_of
 from potstill.pipeline.chain import blaming, load_chain
 from potstill.pipeline.inspection import Inspection
+from potstill.pipeline.labelling import plan_rows
 from potstill.pipeline.texts import TextSurvey, survey_texts
 from potstill.recipes import Recipe
-from potstill.recipes.schema import Classification, FinetuneTeacher, StoredSignals
+from potstill.recipes.schema import Classification, FinetuneTeacher, OpenAITeacher, RecordedTeacher, StoredSignals
 
 __all__ = ["known_labels", "text_rows"]
 
@@ -43,7 +44,8 @@ def text_rows(recipe: Recipe, found: Inspection, *, measure: bool) -> Iterator[t
         yield "teacher", f"{found.teacher_parameters / 1e6:,.1f}M parameters, {how}", "config"
         yield "student", f"{found.student_parameters / 1e6:,.1f}M parameters, {share:.0%} of the teacher", "config"
     else:
-        yield "teacher", "answers recorded in a file", "recipe"
+        if isinstance(recipe.teacher, RecordedTeacher):
+            yield "teacher", "answers recorded in a file", "recipe"
         yield "student", f"{found.student_parameters / 1e6:,.1f}M parameters", "config"
     sizes = ", ".join(f"{len(texts):,} for {split}" for split, texts in survey.texts.items())
     yield "texts", sizes, "data"
@@ -63,7 +65,10 @@ def text_rows(recipe: Recipe, found: Inspection, *, measure: bool) -> Iterator[t
         yield "signals", f"{4 * len(survey.labels)} bytes a text; no teacher in training", "recipe"
     trained = max(found.student_parameters, found.teacher_parameters)
     yield "memory", f"{(TRAINED_BYTES * trained + 1e9) / 1e9:.1f} GB", "estimated"
-    yield "money", "0: every model runs here", "recipe"
+    if isinstance(recipe.teacher, OpenAITeacher) and survey.labels:
+        yield from plan_rows(recipe, replace(cast, labels=survey.labels.names), survey.texts)
+    else:
+        yield "money", "0: every model runs here", "recipe"
 
 
 def known_labels(recipe: Recipe) -> tuple[str, ...] | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from potstill.data.prompts import split_prompts
 from potstill.errors import PotstillError
 from potstill.pipeline import build
-from potstill.pipeline.authors import build_endpoint, writing_teacher, ledger_place, limits_of, token_price, worst_case
+from potstill.pipeline.authors import build_endpoint, ledger_place, limits_of, token_price, worst_case, writing_teacher
 from potstill.pipeline.generate import requests_for
 from potstill.pipeline.grading import opened_grader
 from potstill.pipeline.inspection import Inspection
