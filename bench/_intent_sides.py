@@ -31,6 +31,8 @@ RECIPE = (
     f"data.sequence_length={LENGTH}",
     f"training={{epochs: 1, batch_rows: {BATCH_TEXTS}, learning_rate: {LEARNING_RATE}, weight_decay: 0.0, "
     "betas: [0.9, 0.999], schedule: {kind: linear, warmup: 0.1}, precision: fp32, "
+    # Batches drawn at random, as the peer draws them; in parts of like length, which changes no gradient.
+    "group_by_length: false, micro_batch_rows: 16, "
     # No work that is not the step: the peer neither validates nor saves on the way.
     "validate_every: 1000000, validation_rows: 1, checkpoint: {every_minutes: null}}",
 )

@@ -4,8 +4,12 @@ import importlib
 import os
 import platform
 import struct
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from potstill.errors import RunError
@@ -130,6 +134,31 @@ def test_trials_leave_no_descriptor_and_no_child(means):
     assert len(list(Path("/proc/self/fd").iterdir())) == count
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_trial_ends_with_the_process_that_began_it():
+    # A trial that sleeps meets no limit of processor time: nothing but its caller would end it.
+    limits = "cpu_s=100, wall_s=300, memory_mb=256"
+    code = f"from potstill.verify.sandbox import try_code; try_code('import time; time.sleep(300)', 'pass', {limits})"
+    caller = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        wait_for(lambda: len(descendants(caller.pid)) >= 2)
+        trials = descendants(caller.pid)
+    finally:
+        caller.kill()
+        caller.wait()
+    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in trials))
+
+
+def descendants(pid: int) -> list[int]:
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+
+
+def wait_for(holds, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
 
 
 def test_the_description_names_the_means_that_are_in_force():

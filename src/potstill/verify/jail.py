@@ -51,6 +51,7 @@ def main() -> None:
     means, home (an empty folder), result (descriptor), trial (source), user (number, or null to stay who one is),
     cpu_s, memory_bytes, others (threads that this user has elsewhere).
     """
+    _end_with_parent()  # killed, it leaves nobody to look after a trial
     order = json.loads(sys.argv[1])
     os.umask(0o022)
     if order["result"] != RESULT:
@@ -62,6 +63,7 @@ def main() -> None:
         _fork_and_wait()
         _build_tree()
         _become(order["user"])
+        _end_with_parent()  # forgotten with the change of user
         _check(_libc.prctl(_SET_DUMPABLE, 0, 0, 0, 0), "prctl")
         _fork_and_wait()
         os.chdir("/home")
