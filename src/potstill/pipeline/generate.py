@@ -25,7 +25,7 @@ from potstill.pipeline.grading import opened_grader
 from potstill.pipeline.harvest import Harvest, Picked
 from potstill.pipeline.licence import check_terms
 from potstill.pipeline.progress import metered
-from potstill.pipeline.questions import Plan, messages_of, plan_prompts
+from potstill.pipeline.questions import USER, Plan, messages_of, plan_prompts
 from potstill.pipeline.rundir import Stage
 from potstill.pipeline.stages import open_tokenizer
 from potstill.pipeline.stopping import Stopping
@@ -113,15 +113,15 @@ def requests_for(prompt: Prompt, spec: Generate) -> Iterator[Request]:
             top_p=spec.sampling.top_p,
             stop=tuple(spec.sampling.stop),
             sample=sample,
-            user=str(prompt.row.get("user") or ""),
+            user=str(prompt.row.get(USER) or ""),
         )
 
 
 def _line(recipe: Recipe, picked: Picked, key_of: Any) -> dict[str, Any]:
     """A conversation to learn, with who wrote it."""
     spec, answer = recipe.generate, picked.answer
-    if spec is None or not answer.model:
-        raise ValueError(f"{picked.prompt.id}: nobody knows who answered")
+    if spec is None:
+        raise ValueError("the recipe asks no teacher to write")
     request = next(one for one in requests_for(picked.prompt, spec) if one.sample == picked.sample)
     return {
         "id": f"{picked.prompt.id}#{picked.sample}",
@@ -129,7 +129,8 @@ def _line(recipe: Recipe, picked: Picked, key_of: Any) -> dict[str, Any]:
         "prompt_id": picked.prompt.id,
         "messages": list(picked.messages),
         "provenance": {
-            "written_by": answer.model,
+            # An endpoint that does not say who answers is taken at its word: it was asked for this model.
+            "written_by": answer.model or getattr(recipe.teacher, "model", ""),
             "via": getattr(recipe.teacher, "base_url", ""),
             "request": key_of(request).hex(),
             "reasoning": answer.reasoning_kind,
@@ -162,12 +163,15 @@ def _check(harvest: Harvest, tally: Tally) -> None:
     for split in SPLITS:
         if harvest.rows[split]:
             continue
-        dropped = "; ".join(f"{why}: {count:,}" for why, count in harvest.dropped.most_common(6)) or "none was dropped"
+        dropped = (
+            "; ".join(f"{why}: {count:,}" for why, count in harvest.dropped.most_common(6) if count)
+            or "none was dropped"
+        )
         spent = " The budget was used up." if tally.stopped_by == "budget" else ""
         raise DataError(
-            f"generate: no answer to the {split} prompts is left of {harvest.seen[split]:,} that came ({dropped})."
-            f"{spent} Look at the answers (potstill ledger export), then change the prompt, the verifier or the "
-            "cleaning; what was answered is not asked again."
+            f"generate: no answer to the {split} prompts is left of {harvest.seen[split]:,} that came (of all "
+            f"splits: {dropped}).{spent} Look at the answers (potstill ledger export), then change the prompt, "
+            "the verifier or the cleaning; what was answered is not asked again."
         )
 
 

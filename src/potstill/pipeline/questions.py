@@ -22,8 +22,12 @@ from potstill.errors import DataError, MissingExtra, RecipeError
 from potstill.pipeline.places import resolve_data
 from potstill.recipes import Recipe
 from potstill.recipes.generate import EvolvedPrompts, Generate, GridPrompts, SelfInstructPrompts, TaskPrompts
+from potstill.recipes.verify import FunctionVerifier
 
-__all__ = ["Plan", "messages_of", "plan_prompts", "read_prompts"]
+__all__ = ["USER", "Plan", "messages_of", "plan_prompts", "read_prompts"]
+
+USER = "user"
+"""Column that says whose data a row is."""
 
 EXACT = 1.0
 """Similarity of shingles that only texts of the same words reach."""
@@ -88,7 +92,8 @@ def read_prompts(recipe: Recipe) -> tuple[list[Prompt], Counter[str]]:
     columns = columns_of(spec.template)
     judged = _spec(recipe).verify
     own = (name for name in (getattr(judged, "answer", None), getattr(judged, "tests", None)) if name)
-    wanted = ("id", next(iter(columns), data.text), data.messages, *columns, *own)
+    more = judged.columns if isinstance(judged, FunctionVerifier) else ()
+    wanted = ("id", next(iter(columns), data.text), data.messages, USER, *columns, *own, *more)
     rows = read_records(
         resolve_data(data.source), config=data.config, split=data.split, format=data.format, wanted=wanted
     )

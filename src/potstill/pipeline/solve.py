@@ -30,6 +30,7 @@ from potstill.pipeline.inspection import SPEED_TOKENS, count_parameters
 from potstill.pipeline.memory import release_memory
 from potstill.pipeline.progress import metered
 from potstill.pipeline.prompts import render_prompt
+from potstill.pipeline.questions import USER
 from potstill.pipeline.rundir import Stage
 from potstill.pipeline.stopping import Stopping
 from potstill.pipeline.written import Question, read_questions
@@ -104,6 +105,7 @@ def _ask_teacher(recipe: Recipe, questions: Sequence[Question], grader: Grader, 
             top_p=settings.answers.top_p,
             stop=tuple(settings.answers.stop),
             sample=number,
+            user=str(question.row.get(USER) or ""),
         )
         for question in questions
         for number in range(settings.attempts)
@@ -145,7 +147,8 @@ def _examine(
     prompts = [render_prompt(question.messages, engine.tokenizer) for question in questions]
     torch.manual_seed(recipe.seed)
     texts = engine.generate([one for one in prompts for _ in range(settings.attempts)], sampling)
-    found.solved[arm] = _grade(questions, [_answer_of(text) for text in texts], settings.attempts, grader)
+    stops = settings.answers.stop
+    found.solved[arm] = _grade(questions, [_answer_of(text, stops) for text in texts], settings.attempts, grader)
     _score(recipe, engine, prepared, arm=arm, found=found)
     found.costs.extend(measure_sizes(arm, sum(map(count_parameters, models_of(engine))), [str(place)]))
     if settings.speed:
@@ -154,8 +157,10 @@ def _examine(
     release_memory()
 
 
-def _answer_of(text: str) -> str:
-    """What is said after the reasoning, where there is any."""
+def _answer_of(text: str, stops: Sequence[str]) -> str:
+    """What is said after the reasoning, where there is any, and before what an answer ends at."""
+    for stop in stops:
+        text = text.partition(stop)[0]
     return text.rpartition("</think>")[2].strip()
 
 

@@ -296,6 +296,15 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
+    def _attempts_differ(self) -> Recipe:
+        if self.evaluation.attempts > 1 and not self.evaluation.answers.temperature:
+            raise ValueError(
+                f"evaluation.attempts: {self.evaluation.attempts} greedy answers would all be the same; raise "
+                "evaluation.answers.temperature, or ask once"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _words_come_from_somewhere(self) -> Recipe:
         made = self.generate is not None and self.generate.prompts.kind in ("grid", "reasoning_gym")
         if not self.data.source and not made:

@@ -88,6 +88,8 @@ class FunctionVerifier(Part):
     """A Python file."""
     name: str = "right"
     """The function in it."""
+    columns: list[str] = Field([])
+    """Columns that it asks for, beside those that the template names."""
     timeout_s: Positive = 10.0
     """A call that takes longer is unknown."""
 

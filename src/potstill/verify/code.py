@@ -25,7 +25,7 @@ def code_verifier(*, tests: str = "tests", timeout_s: float = 10.0, memory_mb: i
     means = sandbox_means()
 
     def judge(answer: str, row: Row) -> Verdict:
-        checks = str(cell_of(row, tests, "verify.tests"))
+        checks = str(cell_of(row, tests, "generate.verify.tests"))
         code = last_block(answer, ("python", "py", "python3"))
         if not checks.strip():
             return Verdict(None, "the row's tests are empty", extracted=code)

@@ -25,14 +25,16 @@ def function_verifier(*, file: str, name: str = "right", timeout_s: float = 10.0
     try:
         workers = Workers(make_function, {"file": file, "name": name}, timeout_s=timeout_s)
     except RunError as error:
-        raise RecipeError(f"verify.file: {file} cannot be loaded: {error}. Mend it.") from None
+        raise RecipeError(f"generate.verify.file: {file} cannot be loaded: {error}. Mend it.") from None
     judged = False
 
     def judge(answer: str, row: Row) -> Verdict:
         nonlocal judged
         reply = workers.ask(answer, dict(row))
         if reply.crashed and not judged:
-            raise RecipeError(f"verify.name: {name} raised at the first row: {reply.failure}. Mend the function.")
+            raise RecipeError(
+                f"generate.verify.name: {name} raised at the first row: {reply.failure}. Mend the function."
+            )
         judged = True
         if reply.failure:
             return Verdict(None, reply.failure)
@@ -45,16 +47,18 @@ def function_verifier(*, file: str, name: str = "right", timeout_s: float = 10.0
 def make_function(file: str, name: str) -> Callable[[str, dict[str, Any]], bool | None]:
     """The function, checked at every call to give True, False or None. Raises RecipeError as `function_verifier`."""
     if not Path(file).is_file():
-        raise RecipeError(f"verify.file: {file} is not there. Name a Python file, relative to the recipe.")
+        raise RecipeError(f"generate.verify.file: {file} is not there. Name a Python file, relative to the recipe.")
     spec = importlib.util.spec_from_file_location("verify_function", file)
     if spec is None or spec.loader is None:
-        raise RecipeError(f"verify.file: {file} is no Python file. Name one that ends in .py.")
+        raise RecipeError(f"generate.verify.file: {file} is no Python file. Name one that ends in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
-        raise RecipeError(f"verify.name: {file} has no function {name!r}. Write `def {name}(answer, row)` in it.")
+        raise RecipeError(
+            f"generate.verify.name: {file} has no function {name!r}. Write `def {name}(answer, row)` in it."
+        )
 
     def judge(answer: str, row: dict[str, Any]) -> bool | None:
         value = function(answer, row)

@@ -32,8 +32,8 @@ def gym_verifier(
     first group of `pattern` (the last match counts), or what `final_answer` finds. Raises RecipeError for an unknown
     task, settings or pattern, MissingExtra without reasoning-gym, DataError for a row without an entry.
     """
-    if pattern is not None and check_pattern(pattern, "verify.pattern").groups < 1:
-        raise RecipeError(f"verify.pattern: {pattern!r} has no group. Put ( ) around the answer.")
+    if pattern is not None and check_pattern(pattern, "generate.verify.pattern").groups < 1:
+        raise RecipeError(f"generate.verify.pattern: {pattern!r} has no group. Put ( ) around the answer.")
     given = {"task": task, "settings": dict(settings), "pattern": pattern}
     workers = Workers(make_scorer, given, timeout_s=timeout_s, memory_mb=MEMORY_MB)
 
@@ -60,14 +60,16 @@ def make_scorer(
     try:
         from reasoning_gym.factory import DATASETS, create_dataset
     except ImportError:
-        raise MissingExtra('verify.kind=reasoning_gym needs reasoning-gym: pip install "potstill[gym]"') from None
+        raise MissingExtra(
+            'generate.verify.kind=reasoning_gym needs reasoning-gym: pip install "potstill[reasoning]"'
+        ) from None
     if task not in DATASETS:
         raise RecipeError(f"generate.prompts.task: reasoning-gym has no task {task!r}; it has {', '.join(DATASETS)}.")
     try:
         judge = create_dataset(task, size=1, seed=0, **settings)
     except (AssertionError, TypeError, ValueError) as error:
         raise RecipeError(f"generate.prompts.settings: {task} does not take {dict(settings)}: {error}.") from None
-    expression = None if pattern is None else check_pattern(pattern, "verify.pattern")
+    expression = None if pattern is None else check_pattern(pattern, "generate.verify.pattern")
 
     def score(answer: str, problem: Mapping[str, Any]) -> tuple[str | None, float]:
         if expression is None:

@@ -23,9 +23,9 @@ def label_verifier(*, labels: Sequence[str], answer: str | None = None) -> Verif
         other = known.setdefault(plain_label(label), label)
         if other != label or not plain_label(label):
             raise RecipeError(
-                f"verify.labels: {label!r} cannot be told from {other!r} in an answer. Give it another name."
+                f"generate.verify.labels: {label!r} cannot be told from {other!r} in an answer. Give it another name."
                 if other != label
-                else f"verify.labels: {label!r} is empty but for quotes and punctuation. Give it a name."
+                else f"generate.verify.labels: {label!r} is empty but for quotes and punctuation. Give it a name."
             )
 
     def judge(text: str, row: Row) -> Verdict:
@@ -44,10 +44,10 @@ def plain_label(text: str) -> str:
 
 
 def _wanted(row: Row, column: str, known: dict[str, str]) -> str:
-    cell = str(cell_of(row, column, "verify.answer"))
+    cell = str(cell_of(row, column, "generate.verify.answer"))
     if plain_label(cell) not in known:
         raise DataError(
-            f"verify.answer: a row's {column} is {cell!r}, which is not one of {', '.join(known.values())}. Mend the "
-            "row, or add it to verify.labels."
+            f"generate.verify.answer: a row's {column} is {cell!r}, which is not one of {', '.join(known.values())}. "
+            "Mend the row, or add it to generate.verify.labels."
         )
     return known[plain_label(cell)]

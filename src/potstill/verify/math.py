@@ -47,7 +47,7 @@ def math_verifier(*, answer: str = "answer", timeout_s: float = 5.0) -> Verifier
     workers = Workers(make_comparison, {}, timeout_s=timeout_s, memory_mb=MEMORY_MB)
 
     def judge(text: str, row: Row) -> Verdict:
-        gold = str(cell_of(row, answer, "verify.answer")).rpartition("####")[2].strip()
+        gold = str(cell_of(row, answer, "generate.verify.answer")).rpartition("####")[2].strip()
         reply = workers.ask(gold[-TAIL:], text[-TAIL:])
         return Verdict(None, reply.failure) if reply.failure else Verdict(**reply.value)
 
@@ -59,7 +59,7 @@ def make_comparison() -> Callable[[str, str], dict[str, Any]]:
     try:
         from math_verify import parse, verify
     except ImportError:
-        raise MissingExtra('verify.kind=math needs math-verify: pip install "potstill[verify]"') from None
+        raise MissingExtra('generate.verify.kind=math needs math-verify: pip install "potstill[math]"') from None
     logging.disable(logging.CRITICAL)
 
     def read(text: str) -> list[Any]:

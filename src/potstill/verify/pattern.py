@@ -19,7 +19,7 @@ def pattern_verifier(*, pattern: str, timeout_s: float = TIMEOUT_S) -> Verifier:
 
     Raises RecipeError for a pattern that is none.
     """
-    check_pattern(pattern, "verify.pattern")
+    check_pattern(pattern, "generate.verify.pattern")
     workers = Workers(make_match, {"pattern": pattern}, timeout_s=timeout_s)
 
     def judge(answer: str, row: Row) -> Verdict:  # noqa: ARG001

@@ -70,7 +70,9 @@ def try_code(
         source.seek(0)
         said, output, status = _run_jail({**order, "home": home}, source.fileno(), began + wall_s)
     if not said.startswith(b"+") and status is not None:
-        raise RunError(f"verify.kind=code: the sandbox could not be set up ({_last_line(output)}). {_advice()}")
+        raise RunError(
+            f"generate.verify.kind=code: the sandbox could not be set up ({_last_line(output)}). {_advice()}"
+        )
     ending = _ending(said, status, words)
     return Outcome(ending, output.decode("utf-8", "replace"), time.monotonic() - began)
 
@@ -80,8 +82,8 @@ def sandbox_means() -> Means:
     """By which means foreign code can be shut in here. Raises RunError where there are none, and says why."""
     if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
         raise RunError(
-            f"verify.kind=code: got {platform.system()} on {platform.machine()}; foreign code can be shut in on Linux "
-            f"on {' or '.join(ARCHITECTURES)} only. Run the recipe there, for example in a container."
+            f"generate.verify.kind=code: got {platform.system()} on {platform.machine()}; foreign code can be shut in "
+            f"on Linux on {' or '.join(ARCHITECTURES)} only. Run the recipe there, for example in a container."
         )
     reasons = []
     for means in ("namespaces", "landlock"):
@@ -90,7 +92,7 @@ def sandbox_means() -> Means:
                 return means
         except RunError as error:
             reasons.append(f"{means}: {error}")
-    raise RunError("; ".join(reasons) or f"verify.kind=code: the sandbox does not answer. {_advice()}")
+    raise RunError("; ".join(reasons) or f"generate.verify.kind=code: the sandbox does not answer. {_advice()}")
 
 
 def describe_sandbox() -> dict[str, str]:

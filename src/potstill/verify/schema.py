@@ -45,19 +45,20 @@ def make_validation(schema: Mapping[str, Any]) -> Callable[[str], str]:
         from referencing.exceptions import Unresolvable
         from referencing.jsonschema import DRAFT202012
     except ImportError:
-        raise MissingExtra('verify.kind=json_schema needs jsonschema: pip install "potstill[verify]"') from None
+        raise MissingExtra('generate.verify.kind=json_schema needs jsonschema: pip install "potstill"') from None
     kind = validator_for(schema, default=Draft202012Validator)
     try:
         kind.check_schema(schema)
     except SchemaError as error:
-        raise RecipeError(f"verify.schema: {error.json_path}: {error.message}. Mend it.") from None
+        raise RecipeError(f"generate.verify.file: {error.json_path}: {error.message}. Mend it.") from None
     resolver = Registry().with_resource("", Resource.from_contents(schema, DRAFT202012)).resolver()
     for reference in _references(schema):
         try:
             resolver.lookup(reference)
         except Unresolvable:
             raise RecipeError(
-                f"verify.schema: refers to {reference}, which is not in it. Put it under $defs; nothing is fetched."
+                f"generate.verify.file: refers to {reference}, which is not in it. Put it under $defs; "
+                "nothing is fetched."
             ) from None
     validator = kind(schema, registry=Registry())
 
