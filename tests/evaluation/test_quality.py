@@ -305,3 +305,23 @@ def test_arms_that_were_asked_different_questions_are_not_compared(change):
     }[change]
     with pytest.raises(ValueError, match="the teacher and student were scored on different documents"):
         compare_arms(scores, 100, seed=0)
+
+
+@settings(max_examples=25)
+@given(packed())
+def test_without_a_teacher_an_arm_has_its_likelihood_and_nothing_that_compares(batches):
+    bare, taught = (
+        [Lesson(batch) for batch in batches],
+        [Lesson(batch, Signal(States(said(batch), HEAD))) for batch in batches],
+    )
+    own, other = score_arm(Reader(1.0), bare, scorer, alone=True), score_arm(Reader(1.0), taught, scorer)
+    assert own.documents == other.documents
+    np.testing.assert_array_equal(own.sums["nll"], other.sums["nll"])
+    np.testing.assert_array_equal(own.bins_DM3, other.bins_DM3)
+    if own.documents:
+        arms = {"untrained": own, "control": own, "student": score_arm(Reader(0.0), bare, scorer, alone=True)}
+        found = compare_arms(arms, resamples=20, seed=0)
+        assert {one.name for one in found} <= {
+            "nll", "perplexity", "ece", "nll_gain_over_control", "nll_gain_over_untrained"
+        }  # fmt: skip
+        assert {one.arm for one in found if one.name == "nll"} == set(arms)

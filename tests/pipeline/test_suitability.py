@@ -33,6 +33,8 @@ RECORDED = "teacher={kind: recorded, path: said.jsonl, label: intent}"
 MIXTURE = "teacher={kind: mixture, members: [{model: a}, {model: b}]}"
 DENSE = "signals={kind: dense}"
 API = "teacher={kind: openai, model: big}"
+SCORING = "teacher={kind: openai, model: big, api: completion, tokenizer: t}"
+TOPK, OWN = "signals={kind: topk, k: 8}", "student={kind: model, model: s}"
 
 
 def read(tmp_path, text: str, *changes: str) -> Recipe:
@@ -88,7 +90,29 @@ REFUSALS = [
      "student.kind=model, or layers of a student.model."),
     (NEWS, [API, "student={kind: model, model: s}"],
      "teacher.kind: openai teaches a language model by what it writes, and generate is not there. Add generate: "
-     "{prompts: {kind: rows}}, for example."),
+     "{prompts: {kind: rows}}, for example; or, of a vLLM server, signals: {kind: topk, k: 20}."),
+    (NEWS, [SCORING, "signals={kind: sampled, k: 8}", OWN],
+     "signals.kind: sampled needs all that a teacher says, but an API lists its likeliest tokens. Use "
+     "signals.kind=topk."),
+    (NEWS, [SCORING, "signals={kind: topk, positions: {kind: highest_entropy, share: 0.5}}", OWN],
+     "signals.positions.kind: highest_entropy needs all probabilities, but an API lists those of the likeliest "
+     "tokens. Use random, or all."),
+    (NEWS, [SCORING, TOPK, OWN, "losses=[{kind: forward_kl, temperature: 2}]"],
+     "losses[].temperature: 2, but an API says what all unlisted tokens have together at temperature 1 alone. Use 1, "
+     "there and in signals.temperatures."),
+    (NEWS, [SCORING, "signals={kind: topk_renormalised, temperatures: [1, 3]}", OWN],
+     "losses[].temperature: 3, but an API says what all unlisted tokens have together at temperature 1 alone. Use 1, "
+     "there and in signals.temperatures."),
+    (NEWS, [SCORING, TOPK, OWN, "teacher.api=chat"],
+     "teacher.api: chat takes messages, but given text is scored token by token. Use api: completion."),
+    (NEWS, [SCORING, TOPK, OWN, "teacher.tokenizer=null"],
+     "teacher.tokenizer: is not set, so that nobody knows whether the student numbers tokens like the teacher. Name "
+     "the hub id or folder of the teacher's tokenizer."),
+    (NEWS, [SCORING, TOPK, OWN, "teacher.batch=true"],
+     "teacher.batch: no provider's batch API scores given text. Leave it out."),
+    (NEWS, [SCORING, TOPK, OWN, "teacher.budget.partial=true"],
+     "teacher.budget.partial: true, but rows of which the teacher says nothing cannot be learned from. Leave it out, "
+     "or lower training.steps."),
     # the student
     (INTENT, [RECORDED, "student={kind: layers, keep: even, count: 2}"],
      "student.kind: layers is made from the teacher's model, but teacher.kind=recorded has none here. Use "

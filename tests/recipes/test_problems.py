@@ -152,6 +152,20 @@ UNIONS = [
 ]
 RULES = [
     (
+        {"evaluation": {"attempts": 2}},
+        "evaluation.attempts: 2 greedy answers would all be the same; raise evaluation.answers.temperature, or ask "
+        "once.",
+    ),
+    (
+        {"generate": {"prompts": {"kind": "reasoning_gym", "task": "chain_sum", "count": 9}}},
+        "data.source: 'words.jsonl' would not be read, since generate.prompts makes its own prompts; leave it out, or "
+        "use `rows`.",
+    ),
+    (
+        {"generate": {"prompts": {"kind": "grid", "axes": {"topic": ["a"]}, "template": "Write."}}},
+        "generate.prompts.template: names [], and the axes are ['topic']; put each there in braces.",
+    ),
+    (
         {"data": {"source": "words.jsonl", "splits": {"validation": 0.5, "test": 0.5}}},
         "data.splits: validation 0.5 + test 0.5 leave no document to train on; lower one of them.",
     ),

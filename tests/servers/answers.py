@@ -1,6 +1,7 @@
 """What the test server says: an answer that depends on the request's body only. Refuses to know a model.
 
-A function of the user may answer instead: it gets the body and gives a text, or a message (a dict).
+A function of the user may answer instead: it gets the body and gives a text, or a message (a dict), which may hold the
+`prompt_logprobs` of the choice.
 """
 
 from __future__ import annotations
@@ -34,13 +35,17 @@ def answer_to(
     key = body_key(body)
     said = write(body) if write else _text(body, key)
     message = {"role": "assistant", "content": said} if isinstance(said, str) else {"role": "assistant", **said}
+    scores = message.pop("prompt_logprobs", None)
     tokens = _TOKEN.findall(message.get("content") or "")
     choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}
     choice |= {"message": message} if chat else {"text": message["content"]}
     if body.get("logprobs"):
         choice["logprobs"] = _chat_logprobs(tokens, body) if chat else _plain_logprobs(tokens, body)
-    asked = json.dumps(body.get("messages") or body.get("prompt"))
-    usage = {"prompt_tokens": len(_TOKEN.findall(asked)), "completion_tokens": len(tokens)}
+    prompt = body.get("messages") or body.get("prompt")
+    if body.get("prompt_logprobs"):
+        choice["prompt_logprobs"] = scores if scores is not None else _prompt_logprobs(prompt, body["prompt_logprobs"])
+    given = len(prompt) if body.get("prompt_logprobs") else len(_TOKEN.findall(json.dumps(prompt)))
+    usage = {"prompt_tokens": given, "completion_tokens": len(tokens)}
     return {
         "id": f"answer-{key[:16]}",
         "object": "chat.completion" if chat else "text_completion",
@@ -98,3 +103,19 @@ def _plain_logprobs(tokens: list[str], body: dict[str, Any]) -> dict[str, Any]:
         "token_logprobs": [-0.25] * len(tokens),
         "top_logprobs": [dict(_others(token, int(body["logprobs"]))) for token in tokens],
     }
+
+
+def _prompt_logprobs(ids: list[int], count: int) -> list[dict[str, Any] | None]:
+    """As vLLM has them: the likeliest tokens of each place, by what stands before it, and the one that stands there."""
+    listed: list[dict[str, Any] | None] = [None]
+    for place in range(1, len(ids)):
+        first = sum(ids[:place]) % 50
+        ranked = {first + rank: -1.0 - rank for rank in range(count)}
+        ranked.setdefault(ids[place], -1.0 - count)
+        listed.append(
+            {
+                str(number): {"logprob": value, "rank": rank, "decoded_token": f"<{number}>"}
+                for rank, (number, value) in enumerate(ranked.items(), 1)
+            }
+        )
+    return listed

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from potstill.errors import ModelError, NonFiniteError, RecipeError, StoreError
-from potstill.signals import Encoding, SignalSpec, draw_uniforms, encoding_of
+from potstill.signals import Encoding, SignalSpec, draw_uniforms, encoding_of, select_listed
 from potstill.signals.bits import Estimate
 from potstill.types import Head, Logits, SparseLogits, States
 
@@ -237,3 +237,62 @@ def test_a_temperature_that_was_not_stored_is_refused(kind):
     encoding = encoding_of(SignalSpec(kind, 20, k=4, temperatures=(1.0, 2.0)))
     with pytest.raises(RecipeError, match=r"^signals\.temperatures=\[1\.0, 2\.0\]: a loss asks for 4\.0"):
         encoding.unpack(records_of(encoding, torch.randn(3, 20)), 4.0)
+
+
+@st.composite
+def likeliest_of_logits(draw):
+    """A spec at T = 1, logits in float64, and the K likeliest of them with their log-probabilities."""
+    vocabulary = draw(st.one_of(st.integers(1, 30), st.sampled_from([128, 257])))
+    k = draw(st.integers(1, min(vocabulary, 40)))
+    spec = SignalSpec(draw(st.sampled_from(["topk", "topk_renormalised"])), vocabulary, k=k)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    logits_nV = 3.0 * torch.randn(draw(st.integers(0, 5)), vocabulary, generator=generator, dtype=torch.float64)
+    return spec, logits_nV, logits_nV.log_softmax(-1).topk(k)
+
+
+@settings(deadline=None, max_examples=150)
+@given(likeliest_of_logits())
+def test_a_list_of_the_likeliest_makes_the_record_that_all_logits_make(case):
+    spec, logits_nV, (logprobs_nK, ids_nK) = case
+    encoding = encoding_of(spec)
+    assert np.array_equal(encoding.pack(select_listed(spec, ids_nK, logprobs_nK)), records_of(encoding, logits_nV))
+
+
+def test_what_fills_up_a_list_has_no_probability_and_the_rest_is_told():
+    spec = SignalSpec("topk", 100, k=3)
+    logprobs = torch.tensor([[math.log(0.6), -math.inf, -math.inf]], dtype=torch.float64)
+    encoding = encoding_of(spec)
+    listed = encoding.unpack(encoding.pack(select_listed(spec, torch.tensor([[9, 0, 1]]), logprobs)))
+    assert listed.ids_NK.tolist() == [[0, 1, 9]]
+    assert listed.logprobs_NK.exp().tolist() == [pytest.approx([0.0, 0.0, 0.6], abs=1e-3)]
+    assert float(listed.tail_N.exp()) == pytest.approx(0.4, abs=1e-3)
+
+
+def test_rounded_probabilities_above_1_leave_nothing():
+    spec = SignalSpec("topk", 100, k=2)
+    logprobs = torch.tensor([[math.log(0.7), math.log(0.3001)]], dtype=torch.float64)
+    encoding = encoding_of(spec)
+    listed = encoding.unpack(encoding.pack(select_listed(spec, torch.tensor([[4, 2]]), logprobs)))
+    assert listed.tail_N.tolist() == [-math.inf]
+    torch.testing.assert_close(listed.logprobs_NK.exp().sum(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(
+    ("spec", "ids", "error", "words"),
+    [
+        (SignalSpec("sampled", 9, k=2), [3, 4], RecipeError, r"^signals\.kind: sampled is not made of the likeliest"),
+        (SignalSpec("topk", 9, k=2, temperatures=(1.0, 2.0)), [3, 4], RecipeError, r"^signals\.temperatures=\[1\.0, 2"),
+        (SignalSpec("topk", 9, k=3), [3, 4], ModelError, "it lists 2 tokens a position, the store keeps 3 below 9"),
+        (SignalSpec("topk", 9, k=2), [3, 9], ModelError, "it lists 2 tokens a position, the store keeps 2 below 9"),
+        (SignalSpec("topk", 9, k=2), [3, 3], ModelError, "it lists a token twice at one position"),
+    ],
+)
+def test_lists_that_no_record_can_hold_are_refused(spec, ids, error, words):
+    with pytest.raises(error, match=words):
+        select_listed(spec, torch.tensor([ids]), torch.tensor([[-1.0, -2.0]], dtype=torch.float64))
+
+
+def test_a_list_of_nothing_is_no_distribution():
+    nothing = torch.full((1, 2), -math.inf, dtype=torch.float64)
+    with pytest.raises(NonFiniteError):
+        select_listed(SignalSpec("topk", 9, k=2), torch.tensor([[3, 4]]), nothing)

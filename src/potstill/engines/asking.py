@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
+from potstill.engines.completions import Unserved
 from potstill.engines.ledger import Asked, Budget, Ledger, Outcome, Record, Spend, request_key
 from potstill.engines.openai import BadAnswer, Endpoint
 from potstill.engines.pace import Pace
@@ -69,7 +70,8 @@ def job_of(endpoint: Endpoint, request: Request, terms: Terms) -> Job:
     key = request_key(endpoint.model, api, text, request.sample)
     place = _without_secrets(endpoint.base_url)
     asked = Asked(key, text, endpoint.model, place, terms.run, user=request.user, sample=request.sample)
-    tokens_in = most_tokens(text, len(request.messages or ()))
+    given = request.prompt_ids
+    tokens_in = most_tokens(text, len(request.messages or ())) if given is None else len(given)
     picousd = None if terms.price is None else terms.price.worst(tokens_in, request.max_tokens)
     return Job(request, body, asked, Spend(tokens_in, request.max_tokens, picousd))
 
@@ -177,13 +179,22 @@ class Asker:
         call.close(outcome)
         has_ended = outcome.state != "reserved" and verdict != "stop"
         if verdict == "stop":
-            call.fail(TeacherError(self.endpoint.refusal(attempt.reply)))
+            call.fail(TeacherError(self._why(attempt.reply)))
         elif has_ended:
             call.count_ended(outcome)
             self.pace.breaker.record(outcome.reason)
         else:
             call.count.retried[outcome.reason] += 1
         return has_ended or verdict == "stop"
+
+    def _why(self, reply: Reply) -> str:
+        """Why no request can succeed: the server says so, or its answer lacks what was asked for."""
+        if reply.problem:
+            return self.endpoint.refusal(reply)
+        return (
+            f"teacher.base_url: {self.endpoint.base_url} answers without prompt_logprobs, the log-probabilities of "
+            "given text, which vLLM adds to the protocol. Serve the model with vLLM, or have it write: add generate."
+        )
 
     def _judge(self, job: Job, attempt: Attempt) -> tuple[Outcome, Verdict]:
         reply, verdict, price = attempt.reply, judge(attempt.reply), self.terms.price
@@ -193,6 +204,8 @@ class Asker:
             return Outcome("given_up" if is_over else "reserved", spent, reply.problem or verdict), verdict
         try:
             answer = self.endpoint.parse(reply.raw, job.request)
+        except Unserved as error:  # not kept: another server may answer the same request
+            return Outcome("given_up", spent_on(reply, job.worst, price), error.reason), "stop"
         except BadAnswer as error:
             spent = spent_on(reply, job.worst, price)
             if attempt.is_last:

@@ -16,9 +16,11 @@ from typing import Any, Literal
 from potstill.engines.replies import error_of
 from potstill.types.request import Completion, Request, Usage
 
-__all__ = ["BadAnswer", "Reading", "read_completion", "same_model"]
+__all__ = ["BadAnswer", "Reading", "Unserved", "read_completion", "same_model"]
 
 _OPEN, _CLOSE = "<think>", "</think>"
+_SURPLUS = 1e-2
+"""By how much rounded log-probabilities of a position may sum to more than 1: servers compute in 16 bits."""
 _VERSION = re.compile(r"[-@](latest|preview|\d{4}-\d{2}-\d{2}|\d{3,8})$|:[^:/]*$")
 
 
@@ -26,12 +28,16 @@ class BadAnswer(Exception):
     """An answer that cannot be used. `reason` is a word to count by; the message is one line.
 
     Reasons: not_utf8, not_json, server_error, wrong_model, no_choices, refused, content_filter, empty, not_a_choice,
-    not_the_schema, no_logprobs.
+    not_the_schema, no_logprobs, no_prompt_logprobs, not_the_prompt.
     """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class Unserved(BadAnswer):
+    """An answer that leaves out what was asked for, as all others of this endpoint will: to go on is of no use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +61,8 @@ def read_completion(raw: bytes, request: Request, reading: Reading) -> Completio
     choice = _first_choice(said)
     finish = choice["finish_reason"] if isinstance(choice.get("finish_reason"), str) else "unknown"
     reasoning, text = _texts(choice)
-    if not text and finish != "length":
+    # Of a text that is scored nothing is to be written: its one token may be the end.
+    if not text and finish != "length" and not request.prompt_logprobs:
         reason = "content_filter" if finish == "content_filter" else "empty"
         raise BadAnswer(reason, f"no text, finish {finish[:40]!r}")
     return Completion(
@@ -66,6 +73,7 @@ def read_completion(raw: bytes, request: Request, reading: Reading) -> Completio
         served,
         _usage(said.get("usage")),
         _top_logprobs(choice, request.top_logprobs),
+        _prompt_logprobs(choice, request),
     )
 
 
@@ -217,3 +225,35 @@ def _top_logprobs(choice: Mapping[str, Any], count: int) -> tuple[tuple[tuple[st
     if not found or any(math.isnan(value) or value > 1e-3 for top in found for _, value in top):
         raise BadAnswer("no_logprobs", "log-probabilities were asked for, and what is there are none")
     return found
+
+
+def _prompt_logprobs(choice: Mapping[str, Any], request: Request) -> tuple[tuple[tuple[int, float], ...], ...]:
+    """A position of the prompt: its likeliest tokens, the most probable first. Raises BadAnswer unless all is there.
+
+    vLLM lists the tokens that were asked for and, where it is none of them, the one that stands in the prompt.
+    """
+    ids, count = request.prompt_ids or (), request.prompt_logprobs
+    if not count:
+        return ()
+    listed = choice.get("prompt_logprobs")
+    if listed is None:
+        raise Unserved("no_prompt_logprobs", "log-probabilities of the prompt were asked for, and are not there")
+    if not isinstance(listed, list) or len(listed) != len(ids) or listed[0] is not None:
+        raise BadAnswer("not_the_prompt", f"not one list of log-probabilities for each of the {len(ids)} tokens")
+    return ((), *(_likeliest(tops, token, count) for tops, token in zip(listed[1:], ids[1:], strict=True)))
+
+
+def _likeliest(tops: object, token: int, count: int) -> tuple[tuple[int, float], ...]:
+    """What is listed at the place of `token`, which must be among it: else the lists belong to other places."""
+    if not isinstance(tops, dict) or str(token) not in tops:
+        raise BadAnswer("not_the_prompt", f"the token {token} of the prompt is not listed at its place")
+    try:
+        pairs = [(int(name), float(each["logprob"])) for name, each in tops.items()]
+    except (KeyError, TypeError, ValueError):
+        raise BadAnswer("not_the_prompt", "what is listed for a token of the prompt has no log-probabilities") from None
+    best = sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:count]
+    mass = sum(math.exp(min(value, 1.0)) for _, value in best)
+    odd = any(math.isnan(value) or number < 0 for number, value in pairs) or len(dict(pairs)) < len(pairs)
+    if odd or len(best) < count or not 0.0 < mass <= 1.0 + _SURPLUS:
+        raise BadAnswer("not_the_prompt", f"{len(best)} of {count} tokens with a probability of {mass:.4g} are listed")
+    return tuple(best)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     Ask = Callable[[AsyncOpenAI, type[httpx2.Response]], Awaitable[httpx2.Response]]
 
 __all__ = [
+    "MOST_BYTES",
     "Allowance",
     "BadAnswer",
     "Endpoint",
@@ -51,7 +52,7 @@ __all__ = [
 ]
 
 MOST_BYTES = 10_000_000
-"""Of one answer: more than any model writes."""
+"""Of one answer: more than any model writes. Log-probabilities of long texts take more."""
 _LEAST_SECRET = 12
 """Characters of a key. What servers without keys are given (`EMPTY`, `none`) is shorter, and may stand in an answer."""
 
@@ -68,11 +69,15 @@ class Endpoint:
         api: Literal["chat", "completion"] = "chat",
         reasoning: Literal["raw", "summary"] = "raw",
         timeout_s: float = 120.0,
+        most_bytes: int = MOST_BYTES,
     ) -> None:
-        """`key` None for endpoints without one. Raises TeacherError for a key or an address that cannot be sent."""
+        """`key` None for endpoints without one; `most_bytes` of an answer are read.
+
+        Raises TeacherError for a key or an address that cannot be sent.
+        """
         _check_address(base_url)
         self.model, self.base_url, self.api, self.timeout_s = model, base_url.rstrip("/"), api, timeout_s
-        self.has_key = key is not None
+        self.has_key, self._most_bytes = key is not None, most_bytes
         self._key = None if key is None else _clean(key)
         # An Azure deployment bears a name of the user's, and answers under that of its model.
         self._reading = Reading(None if is_azure(base_url) else model, reasoning)
@@ -105,7 +110,9 @@ class Endpoint:
         if request.messages is not None:
             body["messages"] = [dict(message) for message in request.messages]
         else:
-            body["prompt"] = request.prompt
+            body["prompt"] = request.prompt if request.prompt_ids is None else list(request.prompt_ids)
+        if request.prompt_logprobs:
+            body["prompt_logprobs"] = request.prompt_logprobs
         body |= self._sampling(request)
         if request.choices or request.schema is not None:
             body |= _chat_form(request) if self.api == "chat" else _plain_form(request)
@@ -131,7 +138,7 @@ class Endpoint:
         return chosen
 
     async def send(self, body: Mapping[str, Any]) -> Reply:
-        """One attempt, at most `timeout_s` long and 10 MB large. What a server or a network does is never raised.
+        """One attempt, of at most `timeout_s` and `most_bytes`. What a server or a network does is never raised.
 
         Raises ValueError for a body that is not JSON, NaN included.
         """
@@ -176,7 +183,7 @@ class Endpoint:
 
     def _open(self) -> AsyncOpenAI:
         if self._client is None:
-            self._client = connect(self.base_url, self._key, timeout_s=self.timeout_s, most_bytes=MOST_BYTES)
+            self._client = connect(self.base_url, self._key, timeout_s=self.timeout_s, most_bytes=self._most_bytes)
         return self._client
 
     def without_key(self, raw: bytes) -> bytes:

@@ -39,14 +39,15 @@ class DocumentScores:
     bins_DM3: Floats
 
 
-def score_arm(reader: Reader, lessons: Iterable[Lesson], scorer: Scorer) -> DocumentScores:
+def score_arm(reader: Reader, lessons: Iterable[Lesson], scorer: Scorer, *, alone: bool = False) -> DocumentScores:
     """Score one arm on lessons whose signals hold the teacher's final states and head.
 
-    Raises ValueError where either side lacks them, NonFiniteError naming the documents whose scores are no numbers.
+    `alone`: there is no teacher, and the arm stands in for it, so that what compares with one means nothing. Raises ValueError where either side lacks them, NonFiniteError naming the documents whose scores are no numbers.
     """
     totals: dict[str, Floats] = {}
     for lesson in lessons:
-        said, teacher = reader.read(lesson.batch, Wants(final=True)).logits, lesson.signal.logits
+        said = reader.read(lesson.batch, Wants(final=True)).logits
+        teacher = said if alone else lesson.signal.logits
         if not isinstance(said, States | Mixture) or not isinstance(teacher, States | Mixture):
             raise ValueError("scoring needs final hidden states and heads of both sides")
         device = (said if isinstance(said, States) else said.members[0]).rows_ND.device
@@ -72,25 +73,29 @@ def _sums_per_document(documents: Sequence[str], values: Mapping[str, Tensor]) -
 
 
 def compare_arms(scores: Mapping[str, DocumentScores], resamples: int, seed: int) -> list[Measurement]:
-    """All quality measurements of all arms, `teacher` and `untrained` among them, with paired 95 % intervals.
+    """All quality measurements of all arms, `untrained` among them, with paired 95 % intervals.
 
+    Without a `teacher` there is nothing that compares with it.
     Retention is the geometric mean probability of the true token, arm / teacher; recovered_* are shares of the gap
     between the untrained student and the teacher that an arm closed, and are left out where there is no gap;
     *_gain_over_X is positive where the student is better than arm X. ece is the expected calibration error
     (`calibration_error`), recomputed for every resample. One document gives values without intervals.
     Raises ValueError when arms were scored on different documents or positions.
     """
-    teacher = scores["teacher"]
+    lead = "teacher" if "teacher" in scores else "untrained"
+    first = scores[lead]
     for name, arm in scores.items():
-        if arm.documents != teacher.documents or not np.array_equal(arm.counts_D, teacher.counts_D):
-            raise ValueError(f"the teacher and {name} were scored on different documents and cannot be compared")
-    resampling = Resampling(teacher.counts_D, resamples, seed)
+        if arm.documents != first.documents or not np.array_equal(arm.counts_D, first.counts_D):
+            raise ValueError(f"the {lead} and {name} were scored on different documents and cannot be compared")
+    resampling = Resampling(first.counts_D, resamples, seed)
     means = {arm: _means(s, resampling) for arm, s in scores.items()}
-    n = len(teacher.documents)
+    n = len(first.documents)
     found = [_measurement(arm, row, n) for arm in scores for row in _arm_values(arm, means)]
     for other in ("control", "untrained"):
         if other in scores and "student" in scores:
-            found += [_measurement("student", row, n) for row in _gains(means["student"], means[other], other)]
+            gains = _gains(means["student"], means[other], other)
+            told = [row for row in gains if "teacher" in scores or row[0].startswith("nll_")]
+            found += [_measurement("student", row, n) for row in told]
     # Left out: shares of a gap of nothing, and a perplexity beyond the largest float64. Neither is a number in JSON.
     return [measurement for measurement in found if np.isfinite(measurement.value)]
 
@@ -108,10 +113,10 @@ Row = tuple[str, Floats, str]
 
 
 def _arm_values(arm: str, means: Mapping[str, Means]) -> list[Row]:
-    own, teacher = means[arm], means["teacher"]
+    own, teacher = means[arm], means.get("teacher")
     with np.errstate(over="ignore"):
         rows = [("nll", own["nll"], "nats/token"), ("perplexity", np.exp(own["nll"]), ""), ("ece", own["ece"], "share")]
-    if arm == "teacher":
+    if arm == "teacher" or teacher is None:
         return rows
     rows += [
         ("kl_to_teacher", own["kl_to_teacher"], "nats/token"),

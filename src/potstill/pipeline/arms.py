@@ -18,10 +18,10 @@ from potstill.engines.local import load_config
 from potstill.losses import Objective
 from potstill.pipeline import build
 from potstill.pipeline.answers import AnswerReader, open_answers
-from potstill.pipeline.capture import HELD_OUT_LESSONS, open_reader, validated_at_once
+from potstill.pipeline.capture import open_held_out, open_reader, validated_at_once
 from potstill.pipeline.cast import cast_of
 from potstill.pipeline.course import Course, begin, take
-from potstill.pipeline.lessons import Inputs, open_lessons
+from potstill.pipeline.lessons import Inputs
 from potstill.pipeline.objective import Answers, build_examiner, build_objective, terms_of, wants_of
 from potstill.pipeline.places import STUDENT
 from potstill.pipeline.rows import CONTROL, Silent, TaskRows, held_out_batches, held_out_lessons, open_rows
@@ -173,11 +173,8 @@ def open_teacher(recipe: Recipe, inputs: Inputs, *, eager: bool = False) -> tupl
 
 def _stored_lessons(recipe: Recipe, inputs: Inputs, device: torch.device, *, asks: bool) -> Lessons:
     """Lessons of a teacher who has spoken: no model of it is loaded."""
-    captured = cast(Path, inputs.captured)
-    rows = PackedRows(inputs.prepared / "validation")
-    most, at_once = recipe.training.validation_rows, validated_at_once(recipe)
-    validation = open_lessons(captured / HELD_OUT_LESSONS, rows, most, at_once=at_once, device=device)
+    validation = open_held_out(recipe, inputs, device)
     if not asks:
         return Lessons(None, None, validation)
-    reader = open_reader(recipe, captured, device)
+    reader = open_reader(recipe, cast(Path, inputs.captured), device)
     return Lessons(reader, None if recipe.signals.everywhere else lambda batch, _: reader.mark(batch), validation)

@@ -13,7 +13,7 @@ from pathlib import Path
 from potstill.engines import ApiAuthor, LocalAuthor, pick_device
 from potstill.engines.asking import Terms, job_of
 from potstill.engines.ledger import Budget, Ledger, Spend
-from potstill.engines.openai import Endpoint
+from potstill.engines.openai import MOST_BYTES, Endpoint
 from potstill.engines.prices import Price, find_price, price_of
 from potstill.engines.tally import Tally
 from potstill.errors import BudgetError, RecipeError
@@ -41,22 +41,27 @@ __all__ = [
 
 @contextmanager
 def opened_author(
-    recipe: Recipe, advance: Callable[[int], None], stopping: Stopping
+    recipe: Recipe, advance: Callable[[int], None], stopping: Stopping, *, most_bytes: int = MOST_BYTES
 ) -> Iterator[ApiAuthor | LocalAuthor]:
-    """The teacher of this recipe, ready to be asked; `advance` is told of requests that have ended."""
+    """The teacher of this recipe, ready to be asked; `advance` is told of requests that have ended.
+
+    `most_bytes` of an answer are read.
+    """
     with Ledger(ledger_place(recipe)) as ledger:
         teacher = recipe.teacher
         if isinstance(teacher, LocalTeacher):
             yield _local_author(recipe.name, teacher, ledger, advance=advance, stopping=stopping)
             return
-        yield _api_author(recipe, ledger, advance, stopping)
+        yield _api_author(recipe, ledger, advance, stopping, most_bytes=most_bytes)
 
 
-def _api_author(recipe: Recipe, ledger: Ledger, advance: Callable[[int], None], stopping: Stopping) -> ApiAuthor:
+def _api_author(
+    recipe: Recipe, ledger: Ledger, advance: Callable[[int], None], stopping: Stopping, *, most_bytes: int
+) -> ApiAuthor:
     teacher = writing_teacher(recipe)
     limits = Budget(usd=teacher.budget.usd, requests=teacher.budget.requests, tokens=teacher.budget.tokens)
     return ApiAuthor(
-        build_endpoint(teacher),
+        build_endpoint(teacher, most_bytes),
         ledger,
         Terms(run=recipe.name, price=token_price(teacher), budget=limits, attempts=teacher.attempts),
         concurrency=teacher.limits.concurrency,
@@ -105,8 +110,8 @@ def writing_teacher(recipe: Recipe) -> OpenAITeacher:
     return recipe.teacher
 
 
-def build_endpoint(teacher: OpenAITeacher) -> Endpoint:
-    """The endpoint, with the key from the environment."""
+def build_endpoint(teacher: OpenAITeacher, most_bytes: int = MOST_BYTES) -> Endpoint:
+    """The endpoint, with the key from the environment, and the most bytes that are read of an answer."""
     return Endpoint(
         teacher.model,
         base_url=teacher.base_url,
@@ -114,6 +119,7 @@ def build_endpoint(teacher: OpenAITeacher) -> Endpoint:
         api=teacher.api,
         reasoning=teacher.reasoning,
         timeout_s=teacher.timeout_s,
+        most_bytes=most_bytes,
     )
 
 

@@ -44,7 +44,7 @@ from potstill.pipeline.rundir import RunDir, Stage
 from potstill.pipeline.stopping import Stopping
 from potstill.pipeline.transcribe import Captured, Transcript, capture_rows, piece_windows, texts_to_read
 from potstill.recipes import Recipe
-from potstill.recipes.schema import StoredSignals
+from potstill.recipes.schema import OpenAITeacher, StoredSignals
 from potstill.signals import (
     Encoding,
     SignalSpec,
@@ -57,14 +57,21 @@ from potstill.signals import (
 )
 from potstill.signals.pieces import KEY_BYTES
 from potstill.training import first_rows
-from potstill.types import Lesson, Mixture, States
+from potstill.types import Lesson, Mixture, States, Wants
 
 __all__ = [
     "HELD_OUT_LESSONS",
+    "Wanted",
     "capture",
+    "capture_facts",
     "capture_part",
+    "check_room",
+    "count_wanted",
+    "keep_plan",
     "make_transcript",
+    "open_held_out",
     "open_reader",
+    "open_signals",
     "rows_to_train",
     "sample_fidelity",
     "validated_at_once",
@@ -81,7 +88,7 @@ FIDELITY_BYTES = 4e9
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
+class Wanted:
     """What the training needs of the store: keys uint8 [pieces, 16] and which of them are missing, bool [pieces]; their
     positions, and the tokens of those that are missing.
     """
@@ -114,12 +121,12 @@ def capture(recipe: Recipe, stage: Stage, inputs: Inputs, stopping: Stopping) ->
     What was stored by earlier runs and other processes is used as it is, after its checksums are found right. Raises
     Interrupted, after all that was read is stored, when somebody asks to stop.
     """
-    store, encoding = _open(recipe, inputs.vocabulary)
+    store, encoding = open_signals(recipe, inputs.vocabulary)
     rows = PackedRows(inputs.prepared / "train")
     numbers = rows_to_train(recipe, rows)
-    wanted = _count(recipe, rows, numbers, store)
-    _check_room(store, wanted.tokens * encoding.stride)
-    planned_P = _keep_plan(stage.folder, wanted)
+    wanted = count_wanted(recipe, rows, numbers, store)
+    check_room(store, wanted.tokens * encoding.stride)
+    planned_P = keep_plan(stage.folder, wanted)
     teacher, headless = None, encoding.spec.kind == "hidden" and not has_head(store)
     if wanted.missing or headless or not _has_lessons(recipe, inputs, stage.folder):
         teacher = build.build_teacher(recipe)
@@ -139,11 +146,11 @@ def capture(recipe: Recipe, stage: Stage, inputs: Inputs, stopping: Stopping) ->
                 meter=meter,
                 stopping=stopping.asked,
             )
-    if stopping.asked() and _count(recipe, rows, numbers, store).missing:
+    if stopping.asked() and count_wanted(recipe, rows, numbers, store).missing:
         raise Interrupted(f"stopped after {done.pieces} of {wanted.missing} pieces; the same command continues.")
     del teacher
     release_memory()
-    facts = _facts(store, wanted, done, captured=int(planned_P.sum()))
+    facts = capture_facts(store, wanted, done, captured=int(planned_P.sum()))
     stage.finish(HELD_OUT_LESSONS, PLAN, **facts, **_how_true(recipe, inputs, stage, encoding))
 
 
@@ -152,10 +159,10 @@ def capture_part(recipe: Recipe, inputs: Inputs, part: tuple[int, int], stopping
 
     Raises Interrupted where somebody asked to stop before all of the part was done.
     """
-    store, encoding = _open(recipe, inputs.vocabulary)
+    store, encoding = open_signals(recipe, inputs.vocabulary)
     rows = PackedRows(inputs.prepared / "train")
     numbers = rows_to_train(recipe, rows)
-    _check_room(store, _count(recipe, rows, numbers, store).tokens * encoding.stride // part[1])
+    check_room(store, count_wanted(recipe, rows, numbers, store).tokens * encoding.stride // part[1])
     teacher = build.build_teacher(recipe)
     transcript = make_transcript(recipe, teacher, encoding, inputs.vocabulary)
     with metered(f"capture {part[0] + 1}/{part[1]}", None, "tokens") as meter, stopping.held():
@@ -166,6 +173,24 @@ def capture_part(recipe: Recipe, inputs: Inputs, part: tuple[int, int], stopping
             f"stopped after {done.pieces} pieces of this part, {left} are left; the same command continues."
         )
     return done
+
+
+def open_held_out(recipe: Recipe, inputs: Inputs, device: torch.device) -> list[Lesson]:
+    """The validation rows with what a finished capture kept of the teacher about them, on `device`.
+
+    Of a teacher behind an API that is what its store knows of them.
+    """
+    captured = cast(Path, inputs.captured)
+    rows = PackedRows(inputs.prepared / "validation")
+    most, at_once = recipe.training.validation_rows, validated_at_once(recipe)
+    if not isinstance(recipe.teacher, OpenAITeacher):
+        return open_lessons(captured / HELD_OUT_LESSONS, rows, most, at_once=at_once, device=device)
+    reader = open_reader(recipe, captured, device)
+    return [
+        Lesson(marked, reader.read(marked, Wants(final=True)).to(device))
+        for start in range(0, min(most, len(rows)), at_once)
+        for marked in [reader.mark(rows.batch(range(start, min(start + at_once, most, len(rows)))))]
+    ]
 
 
 def open_reader(recipe: Recipe, captured: Path, device: torch.device) -> StoredReader:
@@ -195,13 +220,14 @@ def sample_fidelity(student: Any, lesson: Lesson, spec: SignalSpec, temperature:
     return measure_fidelity(States(view.final_ND, view.head), said, spec, temperature=temperature)
 
 
-def _open(recipe: Recipe, vocabulary: int) -> tuple[Store, Encoding]:
+def open_signals(recipe: Recipe, vocabulary: int) -> tuple[Store, Encoding]:
+    """The store of this recipe's teacher, as it is, and how its records are made."""
     spec = spec_for(recipe, vocabulary, build.teacher_config(recipe))
     stamp, encoding = stamp_for(recipe, spec), encoding_of(spec)
     return open_store(place_for(recipe, stamp), stamp, encoding.stride, cache=cache_folder()), encoding
 
 
-def _count(recipe: Recipe, rows: PackedRows, numbers: Sequence[int], store: Store) -> _Wanted:
+def count_wanted(recipe: Recipe, rows: PackedRows, numbers: Sequence[int], store: Store) -> Wanted:
     """What is needed and what of it is missing, after everything that is there has been compared with its checksums."""
     share = cast(StoredSignals, recipe.signals).share
     positions = tokens = 0
@@ -214,7 +240,7 @@ def _count(recipe: Recipe, rows: PackedRows, numbers: Sequence[int], store: Stor
         tokens += sum(found[key].stop - found[key].start for key in absent)
         counts = (int(supervised_BT[one.row, one.start : one.stop].sum()) for one in found.values())
         positions += sum(math.ceil(share * count) for count in counts)
-    return _Wanted(np.concatenate(keys), np.concatenate(missing), positions, tokens)
+    return Wanted(np.concatenate(keys), np.concatenate(missing), positions, tokens)
 
 
 def _absent(store: Store, keys: Sequence[bytes]) -> set[bytes]:
@@ -232,7 +258,7 @@ def _absent(store: Store, keys: Sequence[bytes]) -> set[bytes]:
             return absent
 
 
-def _keep_plan(folder: Path, wanted: _Wanted) -> NDArray[np.bool_]:
+def keep_plan(folder: Path, wanted: Wanted) -> NDArray[np.bool_]:
     """What was missing when the stage began, if that was in an earlier attempt; else what is missing now, kept."""
     keys_P16, planned_P = load_plan(folder)
     if np.array_equal(keys_P16, wanted.keys_P16) and not (wanted.missing_P & ~planned_P).any():
@@ -246,7 +272,7 @@ def _keep_plan(folder: Path, wanted: _Wanted) -> NDArray[np.bool_]:
     return wanted.missing_P
 
 
-def _check_room(store: Store, needed_bytes: int) -> None:
+def check_room(store: Store, needed_bytes: int) -> None:
     """Refuse, before the teacher reads, what the disk of a store here has no room for."""
     if not is_remote(store.place):
         check_disk(Path(store.place), needed_bytes, "what the teacher will say", "signals.store")
@@ -283,7 +309,7 @@ def _keep_head(teacher: TeacherEngine, store: Store, folder: Path, vocabulary: i
     partial.unlink()
 
 
-def _facts(store: Store, wanted: _Wanted, done: Captured, *, captured: int) -> dict[str, JsonValue]:
+def capture_facts(store: Store, wanted: Wanted, done: Captured, *, captured: int) -> dict[str, JsonValue]:
     """What the report tells of the store. `captured` pieces were missing when the stage began, in whichever attempt."""
     return {
         "store": store.place,

@@ -25,8 +25,9 @@ from potstill.pipeline.grading import opened_grader
 from potstill.pipeline.harvest import Harvest, Picked
 from potstill.pipeline.licence import check_terms
 from potstill.pipeline.progress import metered
-from potstill.pipeline.questions import USER, Plan, messages_of, plan_prompts
+from potstill.pipeline.questions import HELD_OUT, USER, Plan, messages_of, plan_prompts
 from potstill.pipeline.rundir import Stage
+from potstill.pipeline.solve import teacher_requests
 from potstill.pipeline.stages import open_tokenizer
 from potstill.pipeline.stopping import Stopping
 from potstill.pipeline.survey import SPLITS
@@ -66,14 +67,18 @@ def generate(recipe: Recipe, stage: Stage, *, stopping: Stopping) -> None:
     Random(recipe.seed).shuffle(asked)  # where the budget ends midway, every split has its share of what there is
     _check_verifier(spec, [prompt for _, prompt in asked[:TRIED]])
     requests = [one for _, prompt in asked for one in requests_for(prompt, spec)]
+    tested = teacher_requests(recipe, _questions(plan, spec))
     with (
-        metered("generate", len(requests), "answers") as meter,
+        metered("generate", len(requests) + len(tested), "answers") as meter,
         opened_author(recipe, meter.advance, stopping) as author,
     ):
         with stopping.held():
             answers = author.ask(requests)
         tally = author.tally
         check_spent(recipe, tally)
+        # The teacher's own answers to the test: asked now, so that nothing after this stage needs its endpoint.
+        with stopping.held():
+            author.ask(tested)
         with Harvest(recipe, asked, answers, tests=plan.tests, ask=author.ask) as harvest:
             kept = write_lines(stage.folder / ROWS, (_line(recipe, one, author.key_of) for one in harvest.kept()))
             if recipe.has_control:
@@ -81,7 +86,7 @@ def generate(recipe: Recipe, stage: Stage, *, stopping: Stopping) -> None:
                 write_lines(stage.folder / UNVERIFIED, (_line(recipe, one, author.key_of) for one in drawn))
         author.note_use(requests, recipe.folder, stage.folder.name)
     _check(harvest, tally)
-    _write_questions(stage, plan, spec)
+    write_lines(stage.folder / QUESTIONS, map(dump_question, _questions(plan, spec)))
     write_json_atomic(stage.folder / UNSOLVED, list(harvest.unsolved))
     leaks = [*plan.leaks, *harvest.leaks][:SHOWN_LEAKS]
     write_json_atomic(stage.folder / LEAKS, [{"prompt": name, **asdict(leak)} for name, leak in leaks])
@@ -139,23 +144,14 @@ def _line(recipe: Recipe, picked: Picked, key_of: Any) -> dict[str, Any]:
     }
 
 
-def _write_questions(stage: Stage, plan: Plan, spec: Generate) -> None:
-    """The held-out prompts, of which it is known by now whether training text shares words with them."""
-    matched = plan.tests.matched if plan.tests else frozenset()
-    write_lines(
-        stage.folder / QUESTIONS,
-        (
-            dump_question(
-                Question(
-                    prompt.id,
-                    messages_of(prompt, spec.system if spec.teach_system else None),
-                    prompt.row,
-                    any(name == prompt.id for source, name in matched if source == "held out"),
-                )
-            )
-            for prompt in plan.prompts["test"]
-        ),
-    )
+def _questions(plan: Plan, spec: Generate) -> list[Question]:
+    """The held-out prompts, of which it is known once all answers are read whether training text has shared words."""
+    matched = {name for source, name in (plan.tests.matched if plan.tests else ()) if source == HELD_OUT}
+    system = spec.system if spec.teach_system else None
+    return [
+        Question(prompt.id, messages_of(prompt, system), prompt.row, prompt.id in matched)
+        for prompt in plan.prompts["test"]
+    ]
 
 
 def _check(harvest: Harvest, tally: Tally) -> None:

@@ -27,7 +27,14 @@ from potstill.pipeline.recall import check_signals, check_store, spec_for
 from potstill.pipeline.run import is_trained
 from potstill.pipeline.suitability import check_task
 from potstill.recipes import Recipe
-from potstill.recipes.schema import FinetuneTeacher, LayersStudent, OnlineSignals, PretrainedStudent, StoredSignals
+from potstill.recipes.schema import (
+    FinetuneTeacher,
+    LayersStudent,
+    OnlineSignals,
+    OpenAITeacher,
+    PretrainedStudent,
+    StoredSignals,
+)
 from potstill.recipes.signals import DenseSignals
 from potstill.signals import check_place, encoding_of, is_remote, shared_vocabulary
 from potstill.students import check_static_packages
@@ -109,7 +116,7 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
     found = _inspect_tokens(recipe, Inspection(teachers, student, tokenizer or student_tokenizer, student_tokenizer, 0))
     if not isinstance(recipe.signals, StoredSignals):
         return found
-    spec = spec_for(recipe, found.vocabulary, teachers[0].config)
+    spec = spec_for(recipe, found.vocabulary, teachers[0].config if teachers else None)
     if recipe.signals.store:
         check_place(recipe.signals.store)
         check_store(recipe, spec)
@@ -214,13 +221,21 @@ def _blank_teachers(recipe: Recipe) -> tuple[tuple[Any, ...], Any]:
     models = tuple(build.blank_model(load_config(place, key), key, role) for key, place in places.items())
     tokenizers = {key: load_tokenizer(place, key) for key, place in places.items()}
     if not models:
-        return (), None
+        return (), _endpoints_tokenizer(recipe)
     first, *others = tokenizers
     if not recipe.over_texts:
         for key in others:
             shared_vocabulary(tokenizers[first], tokenizers[key], key)
         _check_writing(recipe, models)
     return models, tokenizers[first]
+
+
+def _endpoints_tokenizer(recipe: Recipe) -> Any:
+    """That of an endpoint which scores the student's tokens; None of every other teacher that is not here."""
+    named = recipe.teacher.tokenizer if isinstance(recipe.teacher, OpenAITeacher) else None
+    if named is None or recipe.generate or recipe.over_texts:
+        return None
+    return load_tokenizer(resolve_model(named, "teacher.tokenizer"), "teacher.tokenizer")
 
 
 def _check_writing(recipe: Recipe, models: Sequence[Any]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 
 from potstill.data import PackedRows
 from potstill.engines import models_of, pick_device
@@ -25,7 +26,7 @@ from potstill.pipeline.memory import release_memory
 from potstill.pipeline.places import resolve_model
 from potstill.pipeline.progress import Meter, metered
 from potstill.pipeline.prompts import Prompt, make_prompts
-from potstill.pipeline.rows import held_out_batches, held_out_lessons
+from potstill.pipeline.rows import Silent, held_out_batches, held_out_lessons
 from potstill.pipeline.rundir import Stage
 from potstill.pipeline.stages import HELD_OUT
 from potstill.recipes import Recipe
@@ -33,13 +34,19 @@ from potstill.types import Head, Lesson, Measurement, Mixture, Offer, Sampling, 
 
 __all__ = ["evaluate"]
 
+NOT_MEASURED = (
+    "the teacher is behind an API and was not measured on the held-out rows: what the student kept of it is not known, "
+    "only what it gained"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class _Questions:
-    """The same for every arm: held-out rows with what the teacher says of them, and prompts."""
+    """The same for every arm: held-out rows with what the teacher says of them (`taught`: there is one), and prompts."""
 
     lessons: Sequence[Lesson]
     prompts: Sequence[Prompt]
+    taught: bool
 
     @property
     def texts(self) -> list[str]:
@@ -54,17 +61,21 @@ class _Answers:
 
 
 def evaluate(recipe: Recipe, stage: Stage, prepared: Path, arms: Mapping[str, Path]) -> None:
-    """Score, time and sample the teacher, then every arm of `arms`: model folders of untrained, control, student."""
+    """Score, time and sample the teacher where it is here, then every arm of `arms`.
+
+    These are model folders of untrained, control and student.
+    """
     rows = len(PackedRows(prepared / "test"))
     count = min(rows, recipe.evaluation.max_rows or rows)
     questions: _Questions | None = None
     answers: dict[str, _Answers] = {}
     costs: list[Measurement] = []
-    models = {"teacher": _teacher_models(recipe), **{arm: [str(folder)] for arm, folder in arms.items()}}
+    taught = _teacher_models(recipe)
+    models = {**({"teacher": taught} if taught else {}), **{arm: [str(folder)] for arm, folder in arms.items()}}
     with metered("evaluate", len(models) * count, "rows") as meter:
         for arm, places in models.items():
             engine = _load_arm(recipe, arm, places[0])
-            questions = questions or _ask_teacher(recipe, engine, prepared)
+            questions = questions or _ask_first(recipe, engine, prepared, teaches=bool(taught))
             answers[arm] = _answer(recipe, engine, questions, meter)
             costs += measure_sizes(arm, answers[arm].parameters, places)
             timed = recipe.evaluation.speed and (bool(questions.texts) or Offer.TEXT not in engine.offers)
@@ -80,11 +91,12 @@ def evaluate(recipe: Recipe, stage: Stage, prepared: Path, arms: Mapping[str, Pa
     sure = {arm: [asdict(one) for one in reliability(found.bins_DM3.sum(0))] for arm, found in scores.items()}
     write_json_atomic(stage.folder / "calibration.json", sure)
     write_json_atomic(stage.folder / "samples.json", _samples(questions.prompts if questions else [], answers))
-    stage.finish(rows=count, documents=len(scores["teacher"].documents))
+    notes: list[JsonValue] = [] if taught else [NOT_MEASURED]
+    stage.finish(rows=count, documents=len(next(iter(scores.values())).documents), notes=notes)
 
 
 def _teacher_models(recipe: Recipe) -> list[str]:
-    """Folders or hub ids of all models that teach."""
+    """Folders or hub ids of all models that teach and are here."""
     return [resolve_model(member.model, key) for key, member in build.teachers_of(recipe).items()]
 
 
@@ -96,31 +108,32 @@ def _load_arm(recipe: Recipe, arm: str, model: str) -> Any:
     return build.build_engine(model, recipe.training.precision, device, f"evaluate ({arm})", cast=cast_of(recipe))
 
 
-def _ask_teacher(recipe: Recipe, teacher: Any, prepared: Path) -> _Questions:
+def _ask_first(recipe: Recipe, first: Any, prepared: Path, *, teaches: bool) -> _Questions:
+    """The questions, with what the first arm says of them where it is the teacher."""
     settings = recipe.evaluation
     batches = held_out_batches(
         recipe,
         cast_of(recipe),
         prepared,
-        tokenizer=teacher.tokenizer,
+        tokenizer=first.tokenizer,
         most=settings.max_rows,
         at_once=settings.batch_rows,
         split="test",
     )
     # Of masked rows, what the masks hide is asked, and no other position.
     asked = (replace(batch, taught_BT=None) for batch in batches)
-    lessons = held_out_lessons(asked, teacher, Wants(final=True))
-    if Offer.TEXT not in teacher.offers:
-        return _Questions(_with_own_head(lessons), [])
+    lessons = held_out_lessons(asked, first if teaches else Silent(), Wants(final=True))
+    if Offer.TEXT not in first.offers:
+        return _Questions(_with_own_head(lessons), [], teaches)
     documents: Any = read_json(prepared / HELD_OUT)
     prompts = make_prompts(
         documents,
-        teacher.tokenizer,
+        first.tokenizer,
         count=settings.sample_prompts,
         tokens=settings.sample_tokens,
         longest=recipe.data.sequence_length,
     )
-    return _Questions(_with_own_head(lessons), prompts)
+    return _Questions(_with_own_head(lessons), prompts, teaches)
 
 
 def _with_own_head(lessons: list[Lesson]) -> list[Lesson]:
@@ -148,7 +161,7 @@ def _answer(recipe: Recipe, engine: Any, questions: _Questions, meter: Meter) ->
             yield lesson
             meter.advance(len(lesson.batch))
 
-    scores = score_arm(engine, lessons(), position_scores)
+    scores = score_arm(engine, lessons(), position_scores, alone=not questions.taught)
     sampling = Sampling(max_new_tokens=recipe.evaluation.sample_tokens)
     completions = engine.generate(questions.texts, sampling) if questions.texts else []
     return _Answers(scores, completions, sum(map(count_parameters, models_of(engine))))

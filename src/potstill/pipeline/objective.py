@@ -172,7 +172,7 @@ def _offers(recipe: Recipe) -> frozenset[Offer]:
     if recipe.generate:
         return frozenset()
     if isinstance(recipe.teacher, OpenAITeacher):
-        return frozenset() if isinstance(recipe.task, LanguageModel) else frozenset({Offer.LOGITS})
+        return frozenset({Offer.LOGITS})
     if isinstance(recipe.task, LanguageModel):
         return LocalEngine.offers | insides
     if isinstance(recipe.task, Embedding):

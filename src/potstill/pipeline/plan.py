@@ -24,6 +24,7 @@ from potstill.pipeline.fidelity import describe_fidelity
 from potstill.pipeline.inspection import Inspection, check_store_room, inspect_recipe, stage_bytes
 from potstill.pipeline.run import explain_run, is_trained
 from potstill.pipeline.rundir import StageStatus, check_unlocked
+from potstill.pipeline.scored import scoring_rows
 from potstill.pipeline.survey import Survey, survey_data
 from potstill.pipeline.textplan import text_rows
 from potstill.pipeline.writingplan import writing_rows
@@ -96,7 +97,7 @@ def print_plan(recipe: Recipe, *, measure: bool) -> None:
         check_store_room(recipe, found)
         check_disk(recipe.folder, estimate.disk_bytes - folder_bytes(recipe.folder), "this run")
     pace = None
-    if measure and isinstance(recipe.task, LanguageModel) and not before(recipe):
+    if measure and isinstance(recipe.task, LanguageModel) and found.teachers and not before(recipe):
         teacher = _timed_teacher(recipe, found)
         pace = measure_pace(recipe, teacher, survey, vocabulary=found.vocabulary, steps=estimate.steps)
     _print_tables(recipe, statuses, [*_size_rows(recipe, estimate), *_time_rows(recipe, estimate, pace)])
@@ -173,11 +174,15 @@ def _memory_bytes(recipe: Recipe, found: Inspection) -> int:
 
 
 def _size_rows(recipe: Recipe, found: Estimate) -> Iterator[tuple[str, str, str]]:
-    share = found.student_parameters / found.teacher_parameters
     least = "" if found.complete else "at least "
     teachers = f", {len(teacher.members)} models" if isinstance(teacher := recipe.teacher, MixtureTeacher) else ""
-    yield "teacher", f"{found.teacher_parameters / 1e6:,.1f}M parameters, {teacher.dtype}{teachers}", "config"
-    yield "student", f"{found.student_parameters / 1e6:,.1f}M parameters, {share:.0%} of the teacher", "config"
+    if found.teacher_parameters:
+        yield "teacher", f"{found.teacher_parameters / 1e6:,.1f}M parameters, {teacher.dtype}{teachers}", "config"
+    else:
+        yield from scoring_rows(recipe, min(found.train_tokens, found.train_rows * recipe.data.sequence_length))
+    share = found.teacher_parameters and found.student_parameters / found.teacher_parameters
+    of_teacher = f", {share:.0%} of the teacher" if share else ""
+    yield "student", f"{found.student_parameters / 1e6:,.1f}M parameters{of_teacher}", "config"
     yield "data", f"{least}{found.data_tokens:,} tokens, {found.train_rows:,} rows to train on", "some documents"
     least = least if recipe.training.epochs else ""
     yield "training", f"{least}{found.steps:,} steps, {found.train_tokens:,} tokens", "recipe"
@@ -195,7 +200,8 @@ def _size_rows(recipe: Recipe, found: Estimate) -> Iterator[tuple[str, str, str]
         )
     yield "memory", f"{found.memory_bytes / 1e9:.1f} GB", "estimated"
     yield "disk", f"{found.disk_bytes / 1e9:.1f} GB at most", "estimated"
-    yield "money", "0: every model runs here", "recipe"
+    if found.teacher_parameters:
+        yield "money", "0: every model runs here", "recipe"
 
 
 def _bytes(size: float) -> str:

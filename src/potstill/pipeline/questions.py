@@ -24,10 +24,13 @@ from potstill.recipes import Recipe
 from potstill.recipes.generate import EvolvedPrompts, Generate, GridPrompts, SelfInstructPrompts, TaskPrompts
 from potstill.recipes.verify import FunctionVerifier
 
-__all__ = ["USER", "Plan", "messages_of", "plan_prompts", "read_prompts"]
+__all__ = ["HELD_OUT", "USER", "Plan", "messages_of", "plan_prompts", "read_prompts"]
 
 USER = "user"
 """Column that says whose data a row is."""
+
+HELD_OUT = "held out"
+"""Source of the run's own tests among all that no training text may share words with."""
 
 EXACT = 1.0
 """Similarity of shingles that only texts of the same words reach."""
@@ -193,7 +196,7 @@ def _tests(recipe: Recipe, held_out: Sequence[Prompt]) -> TestText | None:
         if template:
             tests.ignore(template)
     for prompt in held_out:
-        tests.add("held out", prompt.id, _own_words(recipe, prompt))
+        tests.add(HELD_OUT, prompt.id, _own_words(recipe, prompt))
     for source in rule.against:
         wanted = ("id", "text", *rule.columns)
         for place, cells in read_records(resolve_data(source), config=None, split="test", format="auto", wanted=wanted):

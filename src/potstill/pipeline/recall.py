@@ -174,11 +174,19 @@ def _stamp_of_api(teacher: OpenAITeacher, spec: SignalSpec) -> Stamp:
     host = urlsplit(teacher.base_url).hostname or ""
     return Stamp(
         teacher=fingerprint([teacher.kind, host, teacher.model, teacher.api]),
-        tokenizer=fingerprint(None),
+        tokenizer=fingerprint(_numbers_of(teacher) if spec.lists else None),
         spec=spec.fingerprint,
         spec_json=spec.to_json(),
         words={"teacher": f"{teacher.model} at {host}"},
     )
+
+
+def _numbers_of(teacher: OpenAITeacher) -> list[tuple[str, int]] | None:
+    """Which token has which number; None where the recipe names no tokenizer."""
+    if teacher.tokenizer is None:
+        return None
+    tokenizer = load_tokenizer(resolve_model(teacher.tokenizer, "teacher.tokenizer"), "teacher.tokenizer")
+    return sorted(tokenizer.get_vocab().items())
 
 
 def place_for(recipe: Recipe, stamp: Stamp) -> str:

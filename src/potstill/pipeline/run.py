@@ -260,6 +260,11 @@ class _Walk:
 
             capture_answers(self.taught, stage, inputs_of(self.recipe), self.stopping)
             return
+        if isinstance(self.recipe.teacher, OpenAITeacher):
+            from potstill.pipeline.scored import capture_scored
+
+            capture_scored(self.taught, stage, inputs_of(self.recipe), self.stopping)
+            return
         from potstill.pipeline.capture import capture
 
         capture(self.taught, stage, inputs_of(self.recipe), self.stopping)
@@ -316,6 +321,8 @@ def run_part(recipe: Recipe, part: str, stopping: Stopping) -> str:
         raise RecipeError(NO_CAPTURE)
     if recipe.over_texts:
         raise RecipeError("--part: a task over texts is captured by one process. Leave --part out.")
+    if isinstance(recipe.teacher, OpenAITeacher):
+        raise RecipeError("--part: an endpoint is asked by one process, many requests at once. Leave --part out.")
     settled, fingerprints = settle(recipe), stage_fingerprints(recipe)
     for name in ("prepare", "initialise"):
         if RunDir(recipe.folder).state(name, fingerprints[name]) != "done":

@@ -38,7 +38,7 @@ from potstill.recipes import Recipe
 from potstill.recipes.generate import Generate
 from potstill.types import Measurement, Request, Sampling, States, Wants
 
-__all__ = ["evaluate_answers"]
+__all__ = ["evaluate_answers", "teacher_requests"]
 
 CLEAN, LEAKED = "never leaked", "leaked"
 """Slices of the held-out prompts: training text that shared words with these was removed, or there was none."""
@@ -95,9 +95,10 @@ def _spec(recipe: Recipe) -> Generate:
     return recipe.generate
 
 
-def _ask_teacher(recipe: Recipe, questions: Sequence[Question], grader: Grader, stopping: Stopping) -> _Solved:
+def teacher_requests(recipe: Recipe, questions: Sequence[Question]) -> list[Request]:
+    """What the teacher is asked about the held-out prompts: as every arm is."""
     settings = recipe.evaluation
-    requests = [
+    return [
         Request(
             messages=question.messages,
             max_tokens=settings.answers.max_tokens,
@@ -110,6 +111,11 @@ def _ask_teacher(recipe: Recipe, questions: Sequence[Question], grader: Grader, 
         for question in questions
         for number in range(settings.attempts)
     ]
+
+
+def _ask_teacher(recipe: Recipe, questions: Sequence[Question], grader: Grader, stopping: Stopping) -> _Solved:
+    """Its answers, from the ledger: the stage generate has asked for them already."""
+    requests = teacher_requests(recipe, questions)
     with (
         metered("evaluate (teacher)", len(requests), "answers") as meter,
         opened_author(recipe, meter.advance, stopping) as author,
@@ -119,7 +125,7 @@ def _ask_teacher(recipe: Recipe, questions: Sequence[Question], grader: Grader, 
         check_spent(recipe, author.tally, partial=False)
         # One that was cut off or refused has no answer: that is wrong, and the same for every arm.
         texts = [answer.text if answer and answer.finish == "stop" else "" for answer in found]
-    return _grade(questions, texts, settings.attempts, grader)
+    return _grade(questions, texts, recipe.evaluation.attempts, grader)
 
 
 def _examine(

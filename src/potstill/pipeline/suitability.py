@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 from potstill.errors import RecipeError
 from potstill.pipeline.chain import load_chain
+from potstill.pipeline.objective import fixed
 from potstill.recipes import Recipe
-from potstill.recipes.losses import CrossEntropy, VocabularyTerm
+from potstill.recipes.losses import CrossEntropy, SoftTerm, VocabularyTerm
 from potstill.recipes.schema import (
     Classification,
     FinetuneTeacher,
@@ -24,7 +25,12 @@ from potstill.recipes.schema import (
     PretrainedStudent,
     RecordedTeacher,
 )
-from potstill.recipes.signals import DenseSignals
+from potstill.recipes.signals import (
+    DenseSignals,
+    HighestEntropyPositions,
+    TopKRenormalisedSignals,
+    TopKSignals,
+)
 
 __all__ = ["check_task"]
 
@@ -108,10 +114,8 @@ def _api_problems(recipe: Recipe) -> Iterator[str]:
     if not isinstance(teacher, OpenAITeacher) or recipe.generate is not None:
         return
     if isinstance(task, LanguageModel):
-        yield (
-            "teacher.kind: openai teaches a language model by what it writes, and generate is not there. Add generate: "
-            "{prompts: {kind: rows}}, for example."
-        )
+        yield from _scoring_problems(recipe, teacher)
+        return
     if not isinstance(task, Classification) or task.multi_label:
         several = " with multi_label" if isinstance(task, Classification) else ""
         yield (
@@ -129,6 +133,54 @@ def _api_problems(recipe: Recipe) -> Iterator[str]:
         yield (
             "static: embeddings are distilled from the teacher's encoder, but teacher.kind=openai has none here. "
             "Remove static, or use another teacher."
+        )
+
+
+def _scoring_problems(recipe: Recipe, teacher: OpenAITeacher) -> Iterator[str]:
+    """Of an API that is asked for the log-probabilities of given text."""
+    signals = recipe.signals
+    if isinstance(signals, OnlineSignals):
+        yield (
+            "teacher.kind: openai teaches a language model by what it writes, and generate is not there. Add generate: "
+            "{prompts: {kind: rows}}, for example; or, of a vLLM server, signals: {kind: topk, k: 20}."
+        )
+    if not isinstance(signals, TopKSignals | TopKRenormalisedSignals):
+        yield (
+            f"signals.kind: {signals.kind} needs all that a teacher says, but an API lists its likeliest tokens. Use "
+            "signals.kind=topk."
+        )
+        return
+    if isinstance(signals.positions, HighestEntropyPositions):
+        yield (
+            "signals.positions.kind: highest_entropy needs all probabilities, but an API lists those of the likeliest "
+            "tokens. Use random, or all."
+        )
+    asked = [fixed(term.temperature) for term in recipe.losses if isinstance(term, SoftTerm)]
+    if odd := [value for value in [*(signals.temperatures or ()), *asked] if value != 1.0]:
+        yield (
+            f"losses[].temperature: {odd[0]:g}, but an API says what all unlisted tokens have together at temperature "
+            "1 alone. Use 1, there and in signals.temperatures."
+        )
+    yield from _endpoint_problems(teacher)
+
+
+def _endpoint_problems(teacher: OpenAITeacher) -> Iterator[str]:
+    """What keeps an endpoint from scoring given text."""
+    if teacher.api != "completion":
+        yield (
+            f"teacher.api: {teacher.api} takes messages, but given text is scored token by token. Use api: completion."
+        )
+    if teacher.tokenizer is None:
+        yield (
+            "teacher.tokenizer: is not set, so that nobody knows whether the student numbers tokens like the teacher. "
+            "Name the hub id or folder of the teacher's tokenizer."
+        )
+    if teacher.batch:
+        yield "teacher.batch: no provider's batch API scores given text. Leave it out."
+    if teacher.budget.partial:
+        yield (
+            "teacher.budget.partial: true, but rows of which the teacher says nothing cannot be learned from. Leave it "
+            "out, or lower training.steps."
         )
 
 

@@ -273,7 +273,8 @@ def _student_name(recipe: Recipe, facts: Mapping[str, Any]) -> str:
 
 def _origin(recipe: Recipe, facts: Mapping[str, Any]) -> str:
     first = "first " if isinstance(recipe.teacher, MixtureTeacher) else ""
-    after = f" Trained before in phases: {', '.join(one.name for one in recipe.phases)}." if recipe.phases else ""
+    after = " Trained by low-rank adapters, which are merged into it." if recipe.training.lora else ""
+    after += f" Trained before in phases: {', '.join(one.name for one in recipe.phases)}." if recipe.phases else ""
     if isinstance(recipe.student, LayersStudent):
         rule = recipe.student.keep if isinstance(recipe.student.keep, str) else "listed"
         kept = ", ".join(map(str, facts["layers"]))

@@ -26,7 +26,7 @@ from potstill.recipes.signals import HighestEntropyPositions, Positions, RandomP
 from potstill.signals import Encoding, Piece, Salt, Store, Writer, draw_uniforms, entropy_of, pieces_of
 from potstill.types import IGNORE, Batch, Mixture, Reader, States, Wants
 
-__all__ = ["Captured", "Text", "Transcript", "capture_rows", "piece_windows", "texts_to_read"]
+__all__ = ["Captured", "Text", "Transcript", "capture_rows", "choose_at_random", "piece_windows", "texts_to_read"]
 
 WINDOW_ROWS = 2048
 """Rows whose missing pieces are sorted by length together: enough for batches of equal lengths, few to hold."""
@@ -225,7 +225,7 @@ def _select(transcript: Transcript, texts: Sequence[Text]) -> _Selected:
         raise ValueError(f"the teacher gave {type(said).__name__}: a capture needs its final hidden states and head")
     said = said.sliced(transcript.vocabulary)
     counts = [int((text.targets_T != IGNORE).sum()) for text in texts]
-    keep_N = _choose_at_random(transcript.positions, texts, counts)
+    keep_N = choose_at_random(transcript.positions, texts, counts)
     if keep_N is not None:
         said = said.at(keep_N.to(_device(said)))
     columns = transcript.encoding.randoms
@@ -257,7 +257,7 @@ def _batch_of(texts: Sequence[Text]) -> Batch:
     return Batch(ids_BT, targets_BT, torch.ones_like(ids_BT), sources=tuple((text.source,) for text in texts))
 
 
-def _choose_at_random(positions: Positions, texts: Sequence[Text], counts: Sequence[int]) -> Tensor | None:
+def choose_at_random(positions: Positions, texts: Sequence[Text], counts: Sequence[int]) -> Tensor | None:
     """Which supervised positions are stored, bool [N]; None for all. The same for equal texts."""
     if not isinstance(positions, RandomPositions):
         return None

@@ -195,7 +195,8 @@ def _introduce(story: Story, arm: str, name: str) -> str:
 
 def _say_gain(story: Story, gain: Measurement | None) -> str:
     if gain is None:
-        return "what the student gained over the control arm was not measured"
+        added = "verification" if kind_of(story.task) == "written" else "distillation"
+        return f"what {added} added over the control arm was not measured"
     same_student = _name_control(story)
     amount, what = format_measurement(gain), "verification" if kind_of(story.task) == "written" else "distillation"
     match judge(gain):

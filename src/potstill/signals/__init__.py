@@ -1,6 +1,6 @@
 """What the teacher said, in a form that a student can use. Refuses to match what does not mean the same."""
 
-from potstill.signals.encodings import Encoding, draw_uniforms, encoding_of
+from potstill.signals.encodings import Encoding, draw_uniforms, encoding_of, select_listed
 from potstill.signals.pieces import Piece, Salt, pieces_of
 from potstill.signals.reader import StoredReader
 from potstill.signals.remote import check_place, is_remote
@@ -40,5 +40,6 @@ __all__ = [
     "pieces_of",
     "read_stamp",
     "reopen_store",
+    "select_listed",
     "shared_vocabulary",
 ]

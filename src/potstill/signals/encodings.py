@@ -19,11 +19,11 @@ from torch import Tensor
 
 from potstill.errors import ModelError, RecipeError, StoreError
 from potstill.signals.bits import Bytes, Estimate, Listing
-from potstill.signals.sparse import check_rows, likeliest, sample
+from potstill.signals.sparse import check_rows, likeliest, relist, sample
 from potstill.signals.spec import SignalSpec
 from potstill.types import Head, Logits, SparseLogits, States
 
-__all__ = ["Encoding", "draw_uniforms", "encoding_of"]
+__all__ = ["Encoding", "draw_uniforms", "encoding_of", "select_listed"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -66,6 +66,31 @@ def encoding_of(spec: SignalSpec, head: Head | None = None) -> Encoding:
     if spec.kind == "dense":
         return _Dense(spec)
     return _Sampled(spec) if spec.kind == "sampled" else _Top(spec)
+
+
+def select_listed(spec: SignalSpec, ids_nK: Tensor, logprobs_nK: Tensor) -> tuple[Tensor, ...]:
+    """What an encoding of `topk` or `topk_renormalised` would have selected, of a teacher that lists its likeliest.
+
+    ids_nK int64 [n, K], distinct, below the vocabulary; logprobs_nK float64 [n, K] at T = 1, -inf to fill up a row. The
+    encoding's `pack` takes it. Raises RecipeError for another kind of signals, and for `topk` at other temperatures, as
+    the mass of the others is known at 1 alone; ModelError for tokens that the store does not know, NonFiniteError.
+    """
+    if spec.kind not in ("topk", "topk_renormalised"):
+        raise RecipeError(f"signals.kind: {spec.kind} is not made of the likeliest tokens alone. Use topk.")
+    if spec.kind == "topk" and spec.temperatures != (1.0,):
+        raise RecipeError(
+            f"signals.temperatures={list(spec.temperatures)}: what the other tokens have together is known at "
+            "temperature 1 alone. Use 1 here and in the losses, or kind=topk_renormalised."
+        )
+    if ids_nK.shape[1] != spec.k or bool(((ids_nK < 0) | (ids_nK >= spec.vocabulary)).any()):
+        raise ModelError(
+            f"teacher: it lists {ids_nK.shape[1]} tokens a position, the store keeps {spec.k} below {spec.vocabulary}. "
+            "Use its own tokenizer as teacher.tokenizer, or another signals.store."
+        )
+    ids_nK, gaps_nK, odds_n1 = relist(ids_nK, logprobs_nK, exhaustive=spec.k == spec.vocabulary)
+    if bool((ids_nK.diff(dim=-1) == 0).any()):
+        raise ModelError("teacher: it lists a token twice at one position. Use another server.")
+    return ids_nK, gaps_nK, odds_n1[:, : len(spec.temperatures) if spec.kind == "topk" else 0]
 
 
 def draw_uniforms(key: bytes, count: int, columns: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from potstill.errors import NonFiniteError
 
-__all__ = ["check_rows", "entropy_of", "likeliest", "sample"]
+__all__ = ["check_rows", "entropy_of", "likeliest", "relist", "sample"]
 
 TILE_BYTES = {"cpu": 3 << 19, "cuda": 256 << 20}
 """Logits that are read at once: on a CPU they and their exponentials stay near the core."""
@@ -65,6 +65,26 @@ def likeliest(logits_nV: Tensor, k: int, temperatures: tuple[float, ...]) -> tup
     parts = [_list_group(logits_nV[rows], k, temperatures) for rows in _groups(logits_nV, k)]
     ids_nK, gaps_nK, odds_nT = (torch.cat(part) for part in zip(*parts, strict=True))
     return ids_nK, gaps_nK, odds_nT
+
+
+@torch.no_grad()
+def relist(ids_nK: Tensor, logprobs_nK: Tensor, *, exhaustive: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """What `likeliest` returns at T = 1, of tokens whose log-probabilities are known in place of all logits.
+
+        log(rest / (1 - rest)),   rest = max(0, 1 - sum_listed p)
+
+    ids_nK int64 [n, K], distinct; logprobs_nK float64 [n, K], -inf for what fills up a row; `exhaustive` says that
+    there are no other tokens. Returns ids ascending; log-probabilities less the row's largest float64 [n, K]; log-odds
+    of the rest float64 [n, 1], -inf where nothing is left. Of a rest the error is that of the given sum, some 1e-7 for
+    numbers of 32 bits. Raises NonFiniteError.
+    """
+    ids_nK, order_nK = ids_nK.sort(-1)
+    logprobs_nK = logprobs_nK.gather(-1, order_nK)
+    top_n1 = logprobs_nK.amax(-1, keepdim=True)
+    check_rows(top_n1.isfinite())
+    listed_n1 = logprobs_nK.exp().sum(-1, keepdim=True)
+    rest_n1 = torch.zeros_like(listed_n1) if exhaustive else (1.0 - listed_n1).clamp(min=0.0)
+    return ids_nK, logprobs_nK - top_n1, (rest_n1 / listed_n1).log()
 
 
 @torch.no_grad()

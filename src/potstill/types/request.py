@@ -14,10 +14,11 @@ __all__ = ["Author", "Completion", "Request", "Usage"]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One answer that is asked for. Exactly one of `messages` and `prompt` is set.
+    """One answer that is asked for. Exactly one of `messages`, `prompt` and `prompt_ids` is set.
 
     messages     dicts with `role` and `content`: a chat
     prompt       text to go on with, without a chat template
+    prompt_ids   the same as token numbers, for servers that take them
     max_tokens   longest answer, reasoning included
     temperature, top_p   of the sampling; temperature 0 is greedy
     stop         the answer ends before any of these
@@ -26,6 +27,7 @@ class Request:
     schema       JSON Schema that the answer must fit; None for any answer
     top_logprobs log-probabilities of so many tokens at each position of the answer; 0 for none
     user         whose data it is, so that it can be forgotten on request; empty for nobody's
+    prompt_logprobs  log-probabilities of so many tokens at each position of `prompt_ids`; 0 for none
     """
 
     messages: tuple[Mapping[str, Any], ...] | None = None
@@ -39,11 +41,15 @@ class Request:
     schema: Mapping[str, Any] | None = None
     top_logprobs: int = 0
     user: str = ""
+    prompt_ids: tuple[int, ...] | None = None
+    prompt_logprobs: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ValueError where there is not exactly one of messages and prompt."""
-        if (self.messages is None) == (self.prompt is None):
-            raise ValueError("a request needs exactly one of messages, prompt")
+        """Raises ValueError where there is not exactly one of the prompts, or scores are asked for of another kind."""
+        if sum(given is not None for given in (self.messages, self.prompt, self.prompt_ids)) != 1:
+            raise ValueError("a request needs exactly one of messages, prompt, prompt_ids")
+        if self.prompt_logprobs and self.prompt_ids is None:
+            raise ValueError("a request for prompt_logprobs needs prompt_ids")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,8 @@ class Completion:
     model           who answered, as the teacher names itself: it may be more exact than the name that was asked for
     usage           tokens; None where the teacher does not say
     top_logprobs    a position of the answer: (token, log-probability) of the likeliest; empty if not asked for
+    prompt_logprobs a position of the prompt: (token number, log-probability) of the likeliest before it was read, most
+                    probable first; empty for the first position, which nothing comes before, and if not asked for
     """
 
     text: str
@@ -76,6 +84,7 @@ class Completion:
     model: str = ""
     usage: Usage | None = None
     top_logprobs: tuple[tuple[tuple[str, float], ...], ...] = ()
+    prompt_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 class Author(Protocol):
