@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.servers.answers import answer_to
 
+from potstill.engines.asking import Terms, job_of
 from potstill.engines.completions import BadAnswer, Reading, Unserved, read_completion
+from potstill.engines.ledger import Budget
 from potstill.engines.openai import Endpoint
+from potstill.engines.prices import price_of
 from potstill.engines.scoring import answer_bytes, read_scores, score_request
 from potstill.types import Completion, Request
 
@@ -54,6 +57,12 @@ def test_position_t_is_told_by_the_list_of_token_t_plus_1(ids, following, k):
     for position, (first, *_) in enumerate(ids_NK.tolist()):
         assert first == sum(ids[: position + 1]) % 50
     assert torch.equal(logprobs_NK, (-1.0 - torch.arange(k)).double().expand(len(ids), k))
+
+
+def test_the_budget_sets_aside_the_tokens_of_the_prompt_and_no_more():
+    terms = Terms("run", price_of(2.0, 10.0), Budget(), 1)
+    worst = job_of(endpoint(), score_request(TEXT, 9, 4), terms).worst
+    assert (worst.input_tokens, worst.output_tokens, worst.picousd) == (5, 1, 5 * 2_000_000 + 10_000_000)
 
 
 def test_the_last_position_is_told_by_the_token_that_follows_and_without_it_refused():

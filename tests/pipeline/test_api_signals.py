@@ -262,7 +262,10 @@ def test_lists_of_other_places_are_never_stored(load, scored):
         said["prompt_logprobs"] = [None, *said["prompt_logprobs"][2:], said["prompt_logprobs"][1]]
         return said
 
-    with serve(Settings(answer=shifted)) as server, pytest.raises(TeacherError, match="not_the_prompt"):
+    with (
+        serve(Settings(answer=shifted)) as server,
+        pytest.raises(TeacherError, match=r"not_the_prompt.*name another teacher\.ledger\.$"),
+    ):
         run_recipe(load(server), until="capture")
 
 

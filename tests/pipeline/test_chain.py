@@ -25,7 +25,7 @@ from potstill.students import save_student
 from potstill.training import CheckpointStore
 
 SHORT = {"control": {"enabled": False}}
-STAGES_RUN = [stage for stage in STAGES if stage not in ("finetune", "capture", "control", "static")]
+STAGES_RUN = [stage for stage in STAGES if stage not in ("generate", "finetune", "capture", "control", "static")]
 
 
 @pytest.fixture(scope="module")

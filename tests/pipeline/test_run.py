@@ -20,7 +20,7 @@ from potstill.pipeline.rundir import RunDir
 from potstill.recipes import Recipe, load_recipe
 from potstill.training import CheckpointStore
 
-ONLINE = tuple(name for name in STAGES if name not in ("finetune", "capture", "static"))
+ONLINE = tuple(name for name in STAGES if name not in ("generate", "finetune", "capture", "static"))
 """The stages of a recipe whose teacher is asked as lessons come."""
 
 

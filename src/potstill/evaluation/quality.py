@@ -42,7 +42,8 @@ class DocumentScores:
 def score_arm(reader: Reader, lessons: Iterable[Lesson], scorer: Scorer, *, alone: bool = False) -> DocumentScores:
     """Score one arm on lessons whose signals hold the teacher's final states and head.
 
-    `alone`: there is no teacher, and the arm stands in for it, so that what compares with one means nothing. Raises ValueError where either side lacks them, NonFiniteError naming the documents whose scores are no numbers.
+    `alone`: there is no teacher, and the arm stands in for it, so that what compares with one means nothing.
+    Raises ValueError where either side lacks them, NonFiniteError naming the documents whose scores are no numbers.
     """
     totals: dict[str, Floats] = {}
     for lesson in lessons:

@@ -42,7 +42,7 @@ NOT_MEASURED = (
 
 @dataclass(frozen=True, slots=True)
 class _Questions:
-    """The same for every arm: held-out rows with what the teacher says of them (`taught`: there is one), and prompts."""
+    """The same for every arm: held-out rows with what the teacher says of them, where there is one, and prompts."""
 
     lessons: Sequence[Lesson]
     prompts: Sequence[Prompt]

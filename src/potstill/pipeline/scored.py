@@ -51,7 +51,6 @@ __all__ = ["capture_scored", "scoring_rows"]
 Part = tuple[PackedRows, Sequence[int]]
 """Rows, and the numbers of those that are asked about."""
 
-
 Heard = tuple[Captured, Tally]
 """What was stored, and how the requests for it ended."""
 
@@ -123,7 +122,8 @@ def _ask(
     stopping: Stopping,
 ) -> list[Heard]:
     """Window by window, and of each one piece alone before the others: what the endpoint cannot do shows there."""
-    most_bytes, heard = answer_bytes(recipe.data.sequence_length + 1, encoding.spec.k), []
+    most_bytes = answer_bytes(recipe.data.sequence_length + 1, encoding.spec.k)
+    heard: list[Heard] = []
     with (
         metered("capture", pieces, "texts") as meter,
         opened_author(_within_limits(recipe), meter.advance, stopping, most_bytes=most_bytes) as author,
@@ -183,10 +183,13 @@ def _missing(recipe: Recipe, tally: Tally, absent: int, asked: int) -> Exception
             "answered is not asked again."
         )
     k = cast(TruncatedSignals, recipe.signals).k
+    then = "the same command asks again"
+    if tally.quarantined:
+        then = "answers that cannot be used stay in the ledger: mend the server, then name another teacher.ledger"
     return TeacherError(
         f"teacher.base_url: {teacher.base_url} gave no log-probabilities of {absent:,} of {asked:,} texts "
         f"({' '.join(tally.remarks())}). It must take {k} of them a token (signals.k; vLLM: --max-logprobs) and "
-        f"{length + 2} tokens (data.sequence_length + 2; vLLM: --max-model-len); the same command asks again."
+        f"{length + 2} tokens (data.sequence_length + 2; vLLM: --max-model-len); {then}."
     )
 
 
