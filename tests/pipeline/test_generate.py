@@ -9,7 +9,6 @@ import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
-from unittest.mock import ANY
 
 import pytest
 from tests.servers.api import Server, serve
@@ -17,7 +16,7 @@ from tests.servers.faults import Settings
 
 from potstill.engines import Ledger
 from potstill.errors import BudgetError, DataError, PotstillError
-from potstill.pipeline.run import explain_run, run_recipe
+from potstill.pipeline.run import explain_run, run_recipe, stage_fingerprints
 from potstill.recipes import load_recipe
 
 PROBLEMS = 60
@@ -107,7 +106,7 @@ def test_from_prompts_to_the_report(written):
     rows, unverified = rows_of(recipe, "rows.jsonl"), rows_of(recipe, "unverified.jsonl")
     facts = json.loads((recipe.folder / "generate" / "manifest.json").read_text())["facts"]
     # Of three answers one is wrong.
-    assert facts["verdicts"] == {"right": 2 * PROBLEMS, "wrong": PROBLEMS, "unknown": 0}
+    assert facts["verdicts"] == {"right": 2 * PROBLEMS, "wrong": PROBLEMS, "unknown": 0, "unfinished": 0}
     assert len(rows) == 2 * PROBLEMS
     assert len(unverified) == sum(row["split"] == "train" for row in rows)
     homes = {}
@@ -143,6 +142,10 @@ BAD = {
     "a model that is not served": ({"teacher.model": "recktoner"}, "teacher.model: .*reckoner"),
     "nobody at the address": ({"teacher.base_url": "http://127.0.0.1:9"}, "teacher.base_url"),
     "a column that no row has": ({"generate.prompts": {"kind": "rows", "template": "{qestion}"}}, "qestion.*question"),
+    "a verifier's column that no teacher's prompt has": (
+        {"generate.prompts": {"kind": "evolved", "template": "{question}"}},
+        "generate.verify.kind: math compares with the column 'answer'",
+    ),
     "a verifier's column that no row has": ({"generate.verify": {"kind": "math", "answer": "sum"}}, "'sum'"),
     "a schema that is no file": (
         {"generate.verify": {"kind": "json_schema", "file": "/nowhere.json"}},
@@ -191,19 +194,23 @@ def test_a_template_without_a_place_for_answers_is_told_before_anything_is_asked
 
 
 def test_a_budget_that_ends_midway_stops_the_run_which_continues_or_goes_on_with_what_there_is(written, server):
-    with pytest.raises(BudgetError, match="80 of 180 requests to go"):
+    with pytest.raises(BudgetError, match=r"^teacher\.budget: requests=100 was used up with \d+ of 180 requests to go"):
         run_recipe(written(server, **{"teacher.budget": {"requests": 100}}), until="generate")
     assert sum(server.answered.values()) == 100
     partial = written(server, **{"teacher.budget": {"requests": 100, "partial": True}})
     run_recipe(partial, until="generate")
     assert sum(server.answered.values()) == 100
-    facts = facts_of(partial)
+    facts, tests = facts_of(partial), len(rows_of(partial, "questions.jsonl"))
     assert facts["tally"]["stopped_by"] == "budget"
-    assert facts["dropped"]["no usable answer came"] == 3 * PROBLEMS - 100
+    # The teacher's answers to the test come first: an evaluation is whole or not at all.
+    assert facts["dropped"]["no usable answer came"] == 3 * PROBLEMS + tests - 100
+    more = written(server, **{"teacher.budget": {"requests": 120, "partial": True}})
+    run_recipe(more, until="generate")
+    assert sum(server.answered.values()) == 120
     whole = written(server)
     run_recipe(whole, until="generate")
-    assert facts_of(whole)["tally"]["answered_before"] == 100
-    assert sum(server.answered.values()) == 3 * PROBLEMS
+    assert facts_of(whole)["tally"]["answered_before"] == 120
+    assert sum(server.answered.values()) == 3 * PROBLEMS + tests
 
 
 def test_an_answer_that_says_what_a_test_says_is_removed_and_shown(written, tmp_path):
@@ -345,5 +352,64 @@ def test_a_teacher_of_this_machine_writes_too_and_is_asked_once(written, server,
         with pytest.raises(DataError, match="cut off at max_tokens"):
             run_recipe(recipe, until="generate")
         with Ledger(recipe.folder.parent / "ledger.sqlite") as ledger:
-            assert ledger.spent("written") == (PROBLEMS, ANY, 0)
+            asked, _, usd = ledger.spent("written")
+            assert (asked, usd) == (PROBLEMS + 12, 0)  # 12 problems are held out, and asked as a test, too
     assert not server.answered
+
+
+def test_a_row_that_nobody_could_judge_is_not_paid_for(written, server, problems):
+    lines = problems.read_text().splitlines()
+    lines[3] = json.dumps({"id": "p3", "question": "5 plus 6", "answer": None})
+    problems.write_text("\n".join(lines))
+    recipe = written(server)
+    run_recipe(recipe, until="generate")
+    assert facts_of(recipe)["prompts_dropped"]["row lacks what its answers are judged by"] == 1
+    assert not any("5 plus 6" in str(body) for body in server.bodies)
+
+
+def test_a_conversation_that_the_students_template_refuses_is_not_paid_for(
+    written, server, problems, tiny_llama, tiny_tokenizer, tmp_path
+):
+    folder = tmp_path / "strict"
+    shutil.copytree(tiny_llama, folder)
+    strict = copy.deepcopy(tiny_tokenizer)
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    strict.chat_template = refusal + strict.chat_template
+    strict.save_pretrained(folder)
+    row = {
+        "id": "s",
+        "messages": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "1 plus 2?"}],
+    }
+    problems.write_text(problems.read_text() + json.dumps({**row, "answer": 3}) + "\n")
+    recipe = written(server, **{"student.model": str(folder)})
+    run_recipe(recipe, until="generate")
+    assert facts_of(recipe)["prompts_dropped"]["the student's chat template refuses the conversation"] == 1
+    assert not any("Be short" in str(body) for body in server.bodies)
+
+
+def test_the_control_arm_learns_answers_chosen_by_the_same_rule(written, server):
+    recipe = written(server, **{"generate.keep": {"rule": "shortest", "most": 1}})
+    run_recipe(recipe, until="generate")
+    kept, control = rows_of(recipe, "rows.jsonl"), rows_of(recipe, "unverified.jsonl")
+    train = [row for row in kept if row["split"] == "train"]
+    assert len(control) == len(train)
+    assert len({row["prompt_id"] for row in control}) == len(control)
+    # "It is" is the shortest of all answers, and never wrong: here the two arms learn the same.
+    assert sorted(row["id"] for row in control) == sorted(row["id"] for row in train)
+
+
+@pytest.mark.parametrize(
+    ("change", "redone"),
+    [
+        ({"control.enabled": False}, True),
+        ({"generate.samples": 2}, True),
+        ({"teacher.limits.concurrency": 3}, False),
+        ({"teacher.budget": {"requests": 9999}}, False),
+        ({"teacher.permission": "a contract"}, False),
+        ({"training.steps": 9}, False),
+    ],
+)
+def test_what_changes_the_answers_makes_them_stale_and_nothing_else(written, server, change, redone):
+    before, after = stage_fingerprints(written(server)), stage_fingerprints(written(server, **change))
+    assert (before["generate"] != after["generate"]) is redone
+    assert before["report"] != after["report"] or not {"teacher.permission"} & set(change)

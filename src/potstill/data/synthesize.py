@@ -26,10 +26,13 @@ from potstill.data.templates import (
 from potstill.errors import DataError
 from potstill.types import Completion, Request
 
-__all__ = ["Ask", "Grown", "evolve", "self_instruct"]
+__all__ = ["USER", "Ask", "Grown", "evolve", "self_instruct"]
 
 Ask = Callable[[Sequence[Request]], Sequence[Completion | None]]
 """An author's `ask`: the answers in order, None where there is none."""
+
+USER = "user"
+"""Column that says whose data a row is: what is made of one row is theirs, too."""
 
 IDLE_ROUNDS = 3
 """Rounds in a row without anything new after which nothing more is expected."""
@@ -125,7 +128,10 @@ def evolve(prompts: Sequence[Prompt], ask: Ask, *, rounds: int, random: Random, 
     ways = list(OPERATIONS)
     for number in range(1, rounds + 1):
         changes = [random.choice(ways) for _ in texts]
-        batch = [_request(evolve_prompt(t, c), number - 1, max_tokens) for t, c in zip(texts, changes, strict=True)]
+        batch = [
+            _request(evolve_prompt(text, change), number - 1, max_tokens, user=_user_of(seed))
+            for text, change, seed in zip(texts, changes, prompts, strict=True)
+        ]
         for place, (change, answer) in enumerate(zip(changes, ask(batch), strict=True)):
             text, fault = _version(answer, texts[place])
             seed = prompts[place]
@@ -135,6 +141,8 @@ def evolve(prompts: Sequence[Prompt], ask: Ask, *, rounds: int, random: Random, 
                 "from": latest[place].id,
             }
             version = _written(f"{seed.id}~{number}", text, group=seed.group or seed.id, origin="evolved", by=by)
+            if _user_of(seed):
+                version = replace(version, row={**version.row, USER: _user_of(seed)})
             if fault or version.normal_form in seen:
                 refused[fault or "it equals another"] += 1
                 continue
@@ -162,8 +170,12 @@ def _show(seeds: Sequence[str], own: Sequence[str], shown: int, random: Random) 
     return examples
 
 
-def _request(text: str, sample: int, max_tokens: int) -> Request:
-    return Request(messages=({"role": "user", "content": text},), sample=sample, max_tokens=max_tokens)
+def _request(text: str, sample: int, max_tokens: int, user: str = "") -> Request:
+    return Request(messages=({"role": "user", "content": text},), sample=sample, max_tokens=max_tokens, user=user)
+
+
+def _user_of(prompt: Prompt) -> str:
+    return str(prompt.row.get(USER) or "")
 
 
 def _tasks_of(answers: Iterable[Completion | None], written: int, refused: Counter[str]) -> Iterator[tuple[str, str]]:

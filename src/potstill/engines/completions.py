@@ -16,9 +16,12 @@ from typing import Any, Literal
 from potstill.engines.replies import error_of
 from potstill.types.request import Completion, Request, Usage
 
-__all__ = ["BadAnswer", "Reading", "Unserved", "read_completion", "same_model"]
+__all__ = ["BadAnswer", "Reading", "Unserved", "read_completion", "read_usage", "same_model"]
 
 _OPEN, _CLOSE = "<think>", "</think>"
+_BROKEN = ("error", "abort")
+_MOST_TOKENS = 10**9
+"""Of one answer: what claims more is not believed, and fits no ledger."""
 _SURPLUS = 1e-2
 """By how much rounded log-probabilities of a position may sum to more than 1: servers compute in 16 bits."""
 _VERSION = re.compile(r"[-@](latest|preview|\d{4}-\d{2}-\d{2}|\d{3,8})$|:[^:/]*$")
@@ -27,8 +30,8 @@ _VERSION = re.compile(r"[-@](latest|preview|\d{4}-\d{2}-\d{2}|\d{3,8})$|:[^:/]*$
 class BadAnswer(Exception):
     """An answer that cannot be used. `reason` is a word to count by; the message is one line.
 
-    Reasons: not_utf8, not_json, server_error, wrong_model, no_choices, refused, content_filter, empty, not_a_choice,
-    not_the_schema, no_logprobs, no_prompt_logprobs, not_the_prompt.
+    Reasons: not_utf8, not_json, server_error, wrong_model, no_choices, unfinished, refused, content_filter, empty,
+    not_a_choice, not_the_schema, no_logprobs, no_prompt_logprobs, not_the_prompt.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -37,7 +40,7 @@ class BadAnswer(Exception):
 
 
 class Unserved(BadAnswer):
-    """An answer that leaves out what was asked for, as all others of this endpoint will: to go on is of no use."""
+    """An answer of another model, or without what was asked for, as all others will be: to go on is of no use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +60,11 @@ def read_completion(raw: bytes, request: Request, reading: Reading) -> Completio
     said = _parsed(raw)
     served = said["model"] if isinstance(said.get("model"), str) else ""
     if served and reading.model is not None and not same_model(reading.model, served):
-        raise BadAnswer("wrong_model", f"answered by {served[:100]!r}, asked for {reading.model!r}")
+        raise Unserved("wrong_model", f"answered by {served[:100]!r}, asked for {reading.model!r}")
     choice = _first_choice(said)
     finish = choice["finish_reason"] if isinstance(choice.get("finish_reason"), str) else "unknown"
+    if finish in _BROKEN or choice.get("error"):
+        raise BadAnswer("unfinished", f"the server broke off, finish {finish!r}")
     reasoning, text = _texts(choice)
     # Of a text that is scored nothing is to be written: its one token may be the end.
     if not text and finish != "length" and not request.prompt_logprobs:
@@ -71,7 +76,7 @@ def read_completion(raw: bytes, request: Request, reading: Reading) -> Completio
         reading.reasoning if reasoning else "absent",
         finish,
         served,
-        _usage(said.get("usage")),
+        read_usage(said.get("usage")),
         _top_logprobs(choice, request.top_logprobs),
         _prompt_logprobs(choice, request),
     )
@@ -189,27 +194,36 @@ def _validator(schema: str) -> Any:
     return validator_for(parsed)(parsed)
 
 
-def _usage(said: object) -> Usage | None:
-    if not isinstance(said, dict) or _count(said.get("prompt_tokens")) is None:
+def read_usage(said: object) -> Usage | None:
+    """What an answer says that it took; None where it does not say, or says what no answer takes.
+
+    Some leave reasoning out of completion_tokens: the output is max(completion_tokens, total_tokens - prompt_tokens).
+    """
+    if not isinstance(said, dict):
         return None
-    output = said.get("completion_tokens_details")
-    prompt = said.get("prompt_tokens_details")
+    given, written, total = (_count(said.get(f"{name}_tokens")) for name in ("prompt", "completion", "total"))
+    rest = (total or 0) - (given or 0)
+    if not given or (written is None and rest <= 0):
+        return None
+    output, prompt = said.get("completion_tokens_details"), said.get("prompt_tokens_details")
     return Usage(
-        _count(said.get("prompt_tokens")) or 0,
-        _count(said.get("completion_tokens")) or 0,
+        given,
+        max(written or 0, rest),
         (_count(output.get("reasoning_tokens")) or 0) if isinstance(output, dict) else 0,
         (_count(prompt.get("cached_tokens")) or 0) if isinstance(prompt, dict) else 0,
     )
 
 
 def _count(said: object) -> int | None:
-    return said if isinstance(said, int) and not isinstance(said, bool) and said >= 0 else None
+    return said if isinstance(said, int) and not isinstance(said, bool) and 0 <= said <= _MOST_TOKENS else None
 
 
 def _top_logprobs(choice: Mapping[str, Any], count: int) -> tuple[tuple[tuple[str, float], ...], ...]:
     """A position of the answer: its likeliest tokens. Raises BadAnswer where they were asked for and are not there."""
     if not count:
         return ()
+    if choice.get("logprobs") is None:
+        raise Unserved("no_logprobs", "log-probabilities were asked for, and are not there")
     try:
         listed = choice["logprobs"]
         if "content" in listed:
@@ -221,7 +235,7 @@ def _top_logprobs(choice: Mapping[str, Any], count: int) -> tuple[tuple[tuple[st
             tops = [list((position or {}).items()) for position in listed["top_logprobs"]]
         found = tuple(tuple((str(token), float(value)) for token, value in top[:count]) for top in tops)
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise BadAnswer("no_logprobs", "log-probabilities were asked for, and are not there") from None
+        raise BadAnswer("no_logprobs", "log-probabilities were asked for, and cannot be read") from None
     if not found or any(math.isnan(value) or value > 1e-3 for top in found for _, value in top):
         raise BadAnswer("no_logprobs", "log-probabilities were asked for, and what is there are none")
     return found

@@ -198,6 +198,13 @@ class Pace:
                 self._resume_at = max(self._resume_at, now + retry_after_s)
         self._changed.set()
 
+    def refund(self, requests: float, tokens: float) -> None:
+        """So much of what a turn took of the user's limits was not used."""
+        for flow, amount in ((self._requests, requests), (self._tokens, tokens)):
+            if flow is not None:
+                flow.take(-amount)
+        self._changed.set()
+
     def close(self) -> None:
         """Nobody waits any more: whoever waits gets a turn at once, and is to send nothing."""
         self._is_closed = True

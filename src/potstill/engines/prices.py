@@ -21,7 +21,7 @@ from potstill.engines.ledger import Budget, Spend
 from potstill.errors import BudgetError
 from potstill.types import Usage
 
-__all__ = ["FREE", "Price", "check_price", "find_price", "most_tokens", "price_of"]
+__all__ = ["FREE", "Price", "check_price", "find_price", "is_private", "most_tokens", "price_of"]
 
 _MANY = 10_000_000
 """Tokens: past the start of every tier that providers have."""
@@ -68,7 +68,7 @@ def find_price(model: str, base_url: str, *, batch: bool = False) -> Price | Non
 
     `batch`: what the provider's batch API costs, where that is listed.
     """
-    if _is_ours(base_url):
+    if is_private(base_url):
         return FREE
     context = {"processing": "batch"} if batch else None
     now = datetime.now(UTC)
@@ -126,7 +126,7 @@ def _pico(usd: Decimal, parts: int) -> int:
     return int((usd * 10**12 / parts).to_integral_value(ROUND_CEILING))
 
 
-def _is_ours(base_url: str) -> bool:
+def is_private(base_url: str) -> bool:
     """Whether the address is of this machine or of a private network."""
     host = urlsplit(base_url).hostname or ""
     try:

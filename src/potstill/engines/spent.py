@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from typing import Any
 
+from potstill.engines.completions import read_usage
 from potstill.engines.ledger import Spend
 from potstill.engines.prices import Price
 from potstill.engines.replies import Reply
@@ -13,9 +12,6 @@ from potstill.types import Usage
 
 __all__ = ["said_in", "spend_of", "spent_on"]
 
-MOST_TOKENS = 10**9
-"""Of one answer: what claims more is not believed, and fits no ledger."""
-_COUNTED = ("input_tokens", "output_tokens", "cached_tokens")
 _REFUSALS = range(400, 600)
 _TIMEOUTS = {408, 499, 504, 524}
 """Statuses of a gateway that did not wait: what is behind it may have answered, and bill it."""
@@ -34,7 +30,6 @@ def spent_on(reply: Reply, worst: Spend, price: Price | None) -> Spend:
 
 def spend_of(usage: Usage, price: Price | None) -> Spend:
     """What an answer took that says what it took."""
-    usage = replace(usage, **{name: min(getattr(usage, name), MOST_TOKENS) for name in _COUNTED})
     return Spend(usage.input_tokens, usage.output_tokens, None if price is None else price.cost(usage))
 
 
@@ -47,14 +42,4 @@ def said_in(raw: bytes) -> tuple[str, Usage | None]:
     if not isinstance(answer, dict):
         return "", None
     model = answer.get("model")
-    return model if isinstance(model, str) else "", _usage_of(answer.get("usage"))
-
-
-def _usage_of(usage: Any) -> Usage | None:
-    if not isinstance(usage, dict):
-        return None
-    details = usage.get("prompt_tokens_details")
-    cached = details.get("cached_tokens") if isinstance(details, dict) else 0
-    counts = [usage.get("prompt_tokens"), usage.get("completion_tokens", 0), cached or 0]
-    whole = [number for number in counts if type(number) is int and 0 <= number <= MOST_TOKENS]
-    return Usage(whole[0], whole[1], cached_tokens=whole[2]) if len(whole) == len(counts) else None
+    return model if isinstance(model, str) else "", read_usage(answer.get("usage"))

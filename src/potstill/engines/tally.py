@@ -45,6 +45,24 @@ class Tally:
     seconds: float = 0.0
     stopped_by: StoppedBy = ""
 
+    def plus(self, other: Tally) -> Tally:
+        """Both together, for what was asked one after the other."""
+        return Tally(
+            asked=self.asked + other.asked,
+            repeated=self.repeated + other.repeated,
+            answered_before=self.answered_before + other.answered_before,
+            answered=self.answered + other.answered,
+            quarantined=dict(Counter(self.quarantined) + Counter(other.quarantined)),
+            given_up=dict(Counter(self.given_up) + Counter(other.given_up)),
+            left=self.left + other.left,
+            retried=dict(Counter(self.retried) + Counter(other.retried)),
+            served=dict(Counter(self.served) + Counter(other.served)),
+            tokens=self.tokens + other.tokens,
+            seconds=self.seconds + other.seconds,
+            usd=None if self.usd is None or other.usd is None else self.usd + other.usd,
+            stopped_by=self.stopped_by or other.stopped_by,
+        )
+
     def remarks(self) -> tuple[str, ...]:
         """Lines that a report must not leave out."""
         lines = []

@@ -5,8 +5,10 @@ Refuses an answer longer than a limit while it streams in, and one that is compr
 
 from __future__ import annotations
 
+import base64
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 from urllib.request import getproxies, proxy_bypass
 
 if TYPE_CHECKING:
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     import httpx2
     from openai import AsyncOpenAI
 
-__all__ = ["Refused", "connect", "is_azure", "is_openai"]
+__all__ = ["Proxy", "Refused", "connect", "find_proxy", "is_azure", "is_openai"]
 
 _KEPT = (b"retry-after", b"x-ratelimit")
 
@@ -27,10 +29,20 @@ class Refused(Exception):
         self.problem, self.status = problem, status
 
 
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """What stands between: its address without user and password, and these as a header; shown without them."""
+
+    url: str
+    headers: dict[str, str] = field(default_factory=dict, repr=False)
+    secrets: tuple[str, ...] = field(default=(), repr=False)
+    """The password, as it is, as it stands in the address, and as it is sent."""
+
+
 class BoundedTransport:
     """An asynchronous transport of httpx2 that holds at most `most_bytes` of an answer. Lives in one event loop."""
 
-    def __init__(self, proxy: str | None, most_bytes: int) -> None:
+    def __init__(self, proxy: Proxy | None, most_bytes: int) -> None:
         self._proxy, self._most_bytes = proxy, most_bytes
         self._session: aiohttp.ClientSession | None = None
 
@@ -40,13 +52,17 @@ class BoundedTransport:
         from yarl import URL
 
         headers = [(name.decode(), value.decode()) for name, value in request.headers.raw]
+        password = self._proxy.headers if self._proxy else {}
+        is_tunnel = request.url.scheme == "https"
         async with self._open().request(
             request.method,
             URL(str(request.url), encoded=True),
-            headers=headers,
+            # Through a tunnel the server would read what is meant for the proxy.
+            headers=headers if is_tunnel else [*headers, *password.items()],
             data=await request.aread() or None,
             allow_redirects=False,
-            proxy=self._proxy,
+            proxy=self._proxy.url if self._proxy else None,
+            proxy_headers=password if is_tunnel else None,
         ) as response:
             content = await self._read(response)
         # The client would act on others: decode by what they say, keep cookies, follow.
@@ -102,7 +118,7 @@ def connect(base_url: str, key: str | None, *, timeout_s: float, most_bytes: int
 
     client = None
     if most_bytes is not None:
-        transport = cast(httpx2.AsyncBaseTransport, BoundedTransport(_proxy_of(base_url), most_bytes))
+        transport = cast(httpx2.AsyncBaseTransport, BoundedTransport(find_proxy(base_url), most_bytes))
         client = httpx2.AsyncClient(transport=transport, trust_env=False, timeout=timeout_s)
     headers: dict[str, str | Omit] = {"Accept-Encoding": "identity"}
     if not is_openai(base_url):
@@ -127,14 +143,25 @@ def is_azure(base_url: str) -> bool:
     return _is_of(base_url, "azure.com")
 
 
+def find_proxy(base_url: str) -> Proxy | None:
+    """The proxy that the environment names for an address; None where it names none."""
+    parts = urlsplit(base_url)
+    proxies = getproxies()
+    named = proxies.get(parts.scheme) or proxies.get("all")
+    if not named or proxy_bypass(parts.netloc):
+        return None
+    place = urlsplit(named if "://" in named else f"http://{named}")
+    secret, has_secret, host = place.netloc.rpartition("@")
+    url = urlunsplit((place.scheme, host, place.path, "", ""))
+    if not has_secret:
+        return Proxy(url)
+    user, _, password = secret.partition(":")
+    pair = base64.b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode("ascii")
+    # The longest first: what is blacked out of one must not leave the rest of another.
+    shown = sorted({pair, password, unquote(password)} - {""}, key=len, reverse=True)
+    return Proxy(url, {"Proxy-Authorization": f"Basic {pair}"}, tuple(shown))
+
+
 def _is_of(base_url: str, domain: str) -> bool:
     host = urlsplit(base_url).hostname or ""
     return host == domain or host.endswith("." + domain)
-
-
-def _proxy_of(base_url: str) -> str | None:
-    parts = urlsplit(base_url)
-    if proxy_bypass(parts.netloc):
-        return None
-    proxies = getproxies()
-    return proxies.get(parts.scheme) or proxies.get("all")

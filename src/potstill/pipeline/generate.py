@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from random import Random
 from typing import Any
 
 from pydantic import JsonValue
 
-from potstill.data import encode_example
+from potstill.data import Split, encode_example
 from potstill.data.prompts import Prompt
 from potstill.data.similar import effective_size
+from potstill.data.synthesize import Ask
+from potstill.engines import ApiAuthor, LocalAuthor
 from potstill.engines.tally import Tally
 from potstill.errors import DataError
 from potstill.pipeline.authors import check_spent, opened_author
@@ -34,7 +36,7 @@ from potstill.pipeline.survey import SPLITS
 from potstill.pipeline.written import QUESTIONS, ROWS, UNVERIFIED, Question, dump_question, write_lines
 from potstill.recipes import Recipe
 from potstill.recipes.generate import Generate
-from potstill.types import Example, Request
+from potstill.types import Completion, Example, Request
 
 __all__ = ["generate", "requests_for"]
 
@@ -61,8 +63,11 @@ def generate(recipe: Recipe, stage: Stage, *, stopping: Stopping) -> None:
         raise ValueError("the recipe asks no teacher to write")
     check_terms(recipe)
     _check_student(recipe)
+    opened_grader(spec).close()
+    spending = _Spending(recipe, stage, stopping)
     with metered("write prompts", None, "answers") as meter, opened_author(recipe, meter.advance, stopping) as author:
-        plan = plan_prompts(recipe, author.ask)
+        plan = plan_prompts(recipe, spending.through(author))
+    plan = replace(plan, prompts=_rendered(recipe, plan))
     asked = [(split, prompt) for split in SPLITS for prompt in plan.prompts[split]]
     Random(recipe.seed).shuffle(asked)  # where the budget ends midway, every split has its share of what there is
     _check_verifier(spec, [prompt for _, prompt in asked[:TRIED]])
@@ -72,25 +77,65 @@ def generate(recipe: Recipe, stage: Stage, *, stopping: Stopping) -> None:
         metered("generate", len(requests) + len(tested), "answers") as meter,
         opened_author(recipe, meter.advance, stopping) as author,
     ):
-        with stopping.held():
-            answers = author.ask(requests)
-        tally = author.tally
-        check_spent(recipe, tally)
-        # The teacher's own answers to the test: asked now, so that nothing after this stage needs its endpoint.
-        with stopping.held():
-            author.ask(tested)
-        with Harvest(recipe, asked, answers, tests=plan.tests, ask=author.ask) as harvest:
+        # The teacher's own answers to the test: asked here, so that nothing after this stage needs its endpoint, and
+        # first, so that no budget ends before them.
+        spending.through(author, partial=False)(tested)
+        ask = spending.through(author)
+        answers = ask(requests)
+        with Harvest(recipe, asked, answers, tests=plan.tests, ask=ask) as harvest:
             kept = write_lines(stage.folder / ROWS, (_line(recipe, one, author.key_of) for one in harvest.kept()))
             if recipe.has_control:
                 drawn = harvest.unverified()
                 write_lines(stage.folder / UNVERIFIED, (_line(recipe, one, author.key_of) for one in drawn))
-        author.note_use(requests, recipe.folder, stage.folder.name)
+    tally = spending.tally
     _check(harvest, tally)
     write_lines(stage.folder / QUESTIONS, map(dump_question, _questions(plan, spec)))
     write_json_atomic(stage.folder / UNSOLVED, list(harvest.unsolved))
     leaks = [*plan.leaks, *harvest.leaks][:SHOWN_LEAKS]
     write_json_atomic(stage.folder / LEAKS, [{"prompt": name, **asdict(leak)} for name, leak in leaks])
     stage.finish(rows=kept, **_facts(plan, harvest, tally))
+
+
+@dataclass(slots=True)
+class _Spending:
+    """What all asking of this stage has come to. Every request is noted as used here; no budget ends unnoticed."""
+
+    recipe: Recipe
+    stage: Stage
+    stopping: Stopping
+    tally: Tally = field(default_factory=Tally)
+
+    def through(self, author: ApiAuthor | LocalAuthor, *, partial: bool = True) -> Ask:
+        """The author's `ask`. Raises BudgetError where the budget is used up and the recipe does not go on then."""
+
+        def ask(requests: Sequence[Request]) -> Sequence[Completion | None]:
+            with self.stopping.held():
+                answers = author.ask(requests)
+            self.tally = self.tally.plus(author.tally)
+            author.note_use(requests, self.recipe.folder, self.stage.folder.name)
+            check_spent(self.recipe, author.tally, partial=partial)
+            return answers
+
+        return ask
+
+
+def _rendered(recipe: Recipe, plan: Plan) -> dict[Split, tuple[Prompt, ...]]:
+    """The prompts without those conversations that the student's chat template refuses, which are counted."""
+    spec, tokenizer = recipe.generate, open_tokenizer(recipe)
+    system = spec.system if spec and spec.teach_system else None
+
+    def fits(prompt: Prompt) -> bool:
+        if prompt.messages is None:
+            return True
+        said = {"role": "assistant", "content": "It is this."}
+        try:
+            encode_example(Example(prompt.id, messages=(*messages_of(prompt, system), said)), tokenizer)
+        except DataError:
+            plan.dropped["the student's chat template refuses the conversation"] += 1
+            return False
+        return True
+
+    return {split: tuple(filter(fits, prompts)) for split, prompts in plan.prompts.items()}
 
 
 def _check_student(recipe: Recipe) -> None:

@@ -51,7 +51,8 @@ class Grader:
 
 def opened_grader(spec: Generate) -> Grader:
     """The grader of this recipe; close it after use. Raises RecipeError where its verifier cannot be made."""
-    return Grader(_verifier(spec), os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Grader(_verifier(spec), cores or 1)
 
 
 def _verifier(spec: Generate) -> Verifier | None:

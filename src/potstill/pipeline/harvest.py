@@ -25,7 +25,7 @@ from potstill.data.similar import NearDuplicates
 from potstill.data.synthesize import Ask
 from potstill.pipeline.grading import UNASKED, opened_grader
 from potstill.pipeline.preference import preferred
-from potstill.pipeline.questions import EXACT, messages_of
+from potstill.pipeline.questions import EXACT, USER, messages_of
 from potstill.recipes import Recipe
 from potstill.recipes.generate import Generate
 from potstill.types import Completion
@@ -38,6 +38,8 @@ WINDOW = 256
 
 HISTOGRAM = 10
 """Bins of the share of a prompt's answers that were right."""
+
+_NAMES = {True: "right", False: "wrong", None: "unknown"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ class Harvest:
     rows       answers kept, by split; seen: answers that came
     dropped    answers that were not kept, by reason
     masked     spans of personal data that were masked, by kind
-    verdicts   answers by what the verifier says: right, wrong, unknown
+    verdicts   answers by what the verifier says: right, wrong, unknown; unfinished ones are not shown to it
     difficulty prompts by the share of their answers that were right, in ten equal bins
     unsolved   ids of prompts with verified answers of which none was right
     """
@@ -103,13 +105,13 @@ class Harvest:
         self._ask, self._grader = ask, opened_grader(recipe.generate)
         self._rules = _rules(recipe.generate)
         self._usable = array("q")
-        """Places of clean answers to training prompts, right or wrong."""
+        """Places of clean answers to training prompts, chosen as the right ones are, whether or not they are right."""
         self.rows: Counter[str] = Counter()
         self.seen: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
         self.masked: Counter[str] = Counter()
         self.reasoning: Counter[str] = Counter()
-        self.verdicts: dict[str, int] = {"right": 0, "wrong": 0, "unknown": 0}
+        self.verdicts: dict[str, int] = {"right": 0, "wrong": 0, "unknown": 0, "unfinished": 0}
         self.difficulty = [0] * HISTOGRAM
         self.unsolved: list[str] = []
         self.leaks: list[tuple[str, Leak]] = []
@@ -134,7 +136,7 @@ class Harvest:
                 yield one
 
     def unverified(self) -> Iterator[Picked]:
-        """As many clean answers to training prompts as are kept of them, drawn from all: right, wrong or unknown."""
+        """As many answers to training prompts as are kept, cleaned and chosen alike: right, wrong or unknown."""
         places_S = np.frombuffer(self._usable, dtype=np.int64) if self._usable else np.zeros(0, np.int64)
         count = min(self.rows["train"], len(places_S))
         drawn_S = np.random.default_rng(self._recipe.seed).choice(len(places_S), count, replace=False)
@@ -180,13 +182,16 @@ class Harvest:
             if isinstance(found, str):
                 self.dropped[found] += 1
                 continue
-            if split == "train":
-                self._usable.append(one.place)
-            if one.verdict.right:
-                clean.append((one, found))
-            else:
+            clean.append((one, found))
+        if split == "train":
+            self._usable.extend(clean[place][0].place for place in self._choose(clean)[0])
+        right = [(one, found) for one, found in clean if one.verdict is not None and one.verdict.right]
+        for one, _ in clean:
+            if one.verdict is not None and not one.verdict.right:
                 self.dropped["wrong" if one.verdict.right is False else "not verified: unknown"] += 1
-        chosen = [clean[place] for place in self._choose(clean)]
+        places, why = self._choose(right)
+        self.dropped.update(why)
+        chosen = [right[place] for place in places]
         return [Picked(prompt, split, one.sample, one.answer, own.messages, own.masked) for one, own in chosen]
 
     def _judged(self, picked: Sequence[Sequence[Picked]]) -> Iterator[Picked]:
@@ -199,27 +204,37 @@ class Harvest:
             (str(found[0].messages[-2]["content"]) if found else "", [one.answer.text for one in found])
             for found in picked
         ]
-        for found, places in zip(picked, preferred(groups, self._ask, rule), strict=True):
+        users = [str(found[0].prompt.row.get(USER) or "") if found else "" for found in picked]
+        for found, places in zip(picked, preferred(groups, self._ask, rule, users=users), strict=True):
             self.dropped["the judge prefers others"] += len(found) - len(places)
             yield from (found[place] for place in places)
 
-    def _choose(self, clean: Sequence[tuple[_Answered, _Clean]]) -> list[int]:
-        """Places of the chosen among the right and clean answers to one prompt."""
+    def _choose(self, clean: Sequence[tuple[_Answered, _Clean]]) -> tuple[list[int], Counter[str]]:
+        """Places of those that are kept of clean answers to one prompt, and how many are not, by reason.
+
+        Whether they are right plays no part: those that the control arm may learn are chosen by the same rule.
+        """
         known = NearDuplicates(self._spec.cleaning.near_duplicates or EXACT)
         texts = ["\n".join((one.answer.reasoning, one.answer.text)) for one, _ in clean]
         unlike = [place for place, text in enumerate(texts) if known.add(str(place), text) is None]
-        self.dropped["near duplicate of another answer"] += len(clean) - len(unlike)
-        verdict = [(texts[place], clean[place][0].verdict or UNASKED) for place in unlike]
-        chosen = choose(verdict, rule=self._spec.keep.rule, most=self._spec.keep.most)
-        self.dropped["not chosen (generate.keep)"] += len(unlike) - len(chosen)
-        return [unlike[place] for place in chosen]
+        chosen = choose(
+            [(texts[place], UNASKED) for place in unlike], rule=self._spec.keep.rule, most=self._spec.keep.most
+        )
+        why = Counter(
+            {
+                "near duplicate of another answer": len(clean) - len(unlike),
+                "not chosen (generate.keep)": len(unlike) - len(chosen),
+            }
+        )
+        return [unlike[place] for place in chosen], +why
 
     def _count_verdicts(self, prompt: Prompt, came: Sequence[_Answered]) -> None:
         if self._spec.verify is None:
             return
+        for one in came:
+            name = "unfinished" if one.verdict is None else _NAMES[one.verdict.right]
+            self.verdicts[name] += 1
         told = [one.verdict.right if one.verdict else False for one in came]
-        for right, name in ((True, "right"), (False, "wrong"), (None, "unknown")):
-            self.verdicts[name] += sum(one is right for one in told)
         known = [right for right in told if right is not None]
         if known:
             share = sum(known) / len(known)

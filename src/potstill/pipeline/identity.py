@@ -76,6 +76,8 @@ def stage_fingerprints(recipe: Recipe) -> dict[str, str]:
     arms = [found["train"], found.get("control"), *([found["static"]] if recipe.static else [])]
     found["evaluate"] = fingerprint(["evaluate", *arms, recipe.evaluation])
     words = [recipe.name, recipe.description, recipe.report]
+    if isinstance(recipe.teacher, OpenAITeacher):
+        words.append(recipe.teacher.permission)  # it stands in the model card
     earlier = [stage_fingerprints(phase)["report"] for phase in phases_of(recipe)]  # the page tells of them, too
     found["report"] = fingerprint(["report", found["evaluate"], words, *([earlier] if earlier else [])])
     return found
@@ -89,7 +91,15 @@ def _identify_writing(recipe: Recipe) -> list[object]:
         for verify in [asked and asked.verify]
         if isinstance(verify, FunctionVerifier | SchemaVerifier)
     ]
-    return [asked, recipe.data, recipe.data.source and identify(recipe.data.source), recipe.seed, files]
+    if asked and asked.cleaning.decontaminate:
+        files += map(identify, asked.cleaning.decontaminate.against)
+    if asked and asked.cleaning.semantic:
+        files.append(identify(asked.cleaning.semantic.model))
+    budget = getattr(recipe.teacher, "budget", None)
+    # Where the run goes on with what a budget left, another budget leaves something else.
+    files.append(fingerprint([budget]) if budget and budget.partial else "")
+    source = recipe.data.source and identify(recipe.data.source)
+    return [asked, recipe.data, source, recipe.seed, recipe.has_control, files]
 
 
 def _identify_data(recipe: Recipe, tokenizer: object) -> list[object]:

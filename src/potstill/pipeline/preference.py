@@ -19,10 +19,13 @@ VERDICT_TOKENS = 256
 """Of a judge's answer: a word, or a few lines before it."""
 
 
-def preferred(groups: Sequence[tuple[str, Sequence[str]]], ask: Ask, rule: Judge) -> list[list[int]]:
+def preferred(
+    groups: Sequence[tuple[str, Sequence[str]]], ask: Ask, rule: Judge, *, users: Sequence[str] = ()
+) -> list[list[int]]:
     """For each (prompt, answers) the places of answers that win `rule.least` of their comparisons with the others.
 
-    An answer without rivals stays. Raises DataError for a template that lacks one of {prompt}, {first}, {second}.
+    An answer without rivals stays. `users` say whose data each prompt is. Raises DataError for a template that lacks
+    one of {prompt}, {first}, {second}.
     """
     template = rule.template or JUDGE_TEMPLATE
     pairs = [
@@ -31,32 +34,38 @@ def preferred(groups: Sequence[tuple[str, Sequence[str]]], ask: Ask, rule: Judge
         for first, second in combinations(range(len(answers)), 2)
     ]
     questions = [
-        question
+        _request(question, users[number] if users else "")
         for number, first, second in pairs
         for question in order_swapped(groups[number][0], groups[number][1][first], groups[number][1][second], template)
     ]
-    told = iter(ask([_request(question) for question in questions]) if questions else ())
-    verdicts = [(_read(next(told)), _read(next(told))) for _ in pairs]
-    kept = []
-    for number, (_, answers) in enumerate(groups):
-        own = [(pair, verdict) for pair, verdict in zip(pairs, verdicts, strict=True) if pair[0] == number]
-        kept.append([place for place in range(len(answers)) if _share(place, own) >= rule.least])
-    return kept
+    told = iter(ask(questions) if questions else ())
+    compared: dict[int, list[_Compared]] = {number: [] for number in range(len(groups))}
+    for number, first, second in pairs:
+        compared[number].append(((first, second), (_read(next(told)), _read(next(told)))))
+    return [
+        [place for place in range(len(answers)) if _share(place, compared[number]) >= rule.least]
+        for number, (_, answers) in enumerate(groups)
+    ]
 
 
 Preferences = tuple[Preference | None, Preference | None]
 
 
-def _share(place: int, own: Sequence[tuple[tuple[int, int, int], Preferences]]) -> float:
+_Compared = tuple[tuple[int, int], Preferences]
+"""Places of two answers, and what the judge says of them in this order and in the other."""
+
+
+def _share(place: int, own: Sequence[_Compared]) -> float:
     """The share of comparisons that the answer wins: of those in which it stood second, seen from there."""
-    from_first = [verdict for (_, first, _), verdict in own if first == place]
-    from_second = [(swapped, straight) for (_, _, second), (straight, swapped) in own if second == place]
+    from_first = [verdict for (first, _), verdict in own if first == place]
+    from_second = [(swapped, straight) for (_, second), (straight, swapped) in own if second == place]
     compared = [*from_first, *from_second]
     return win_share(compared) if compared else 1.0
 
 
-def _request(question: str) -> Request:
-    return Request(messages=({"role": "user", "content": question},), max_tokens=VERDICT_TOKENS, temperature=0.0)
+def _request(question: str, user: str) -> Request:
+    asked = ({"role": "user", "content": question},)
+    return Request(messages=asked, max_tokens=VERDICT_TOKENS, temperature=0.0, user=user)
 
 
 def _read(answer: Completion | None) -> Preference | None:

@@ -16,18 +16,16 @@ from potstill.data import Split, read_records
 from potstill.data.decontaminate import Leak, TestText
 from potstill.data.prompts import Prompt, grid_prompts, gym_prompts, row_prompts, split_prompts
 from potstill.data.similar import NearDuplicates, remove_near_duplicates, remove_semantic_duplicates
-from potstill.data.synthesize import Ask, evolve, self_instruct
+from potstill.data.synthesize import USER, Ask, evolve, self_instruct
 from potstill.data.templates import columns_of
 from potstill.errors import DataError, MissingExtra, RecipeError
 from potstill.pipeline.places import resolve_data
 from potstill.recipes import Recipe
 from potstill.recipes.generate import EvolvedPrompts, Generate, GridPrompts, SelfInstructPrompts, TaskPrompts
-from potstill.recipes.verify import FunctionVerifier
+from potstill.recipes.verify import FunctionVerifier, LabelVerifier
+from potstill.verify.label import plain_label
 
 __all__ = ["HELD_OUT", "USER", "Plan", "messages_of", "plan_prompts", "read_prompts"]
-
-USER = "user"
-"""Column that says whose data a row is."""
 
 HELD_OUT = "held out"
 """Source of the run's own tests among all that no training text may share words with."""
@@ -67,19 +65,25 @@ def plan_prompts(recipe: Recipe, ask: Ask) -> Plan:
     if isinstance(spec.prompts, SelfInstructPrompts | EvolvedPrompts):
         prompts, note = _grow(recipe, prompts, ask, dropped)
         notes += [note] if note else []
-    prompts = _without_duplicates(recipe, prompts, dropped)
+    prompts = _without_duplicates(recipe, _judgeable(spec, prompts, dropped), dropped)
     shares = recipe.data.splits
     split = split_prompts(
         prompts, seed=recipe.seed, validation=shares.validation, test=shares.test, held_out=spec.held_out
     )
-    for name, found in split.items():
-        if not found:
+    for name in ("validation", "test"):
+        if not split[name]:
             key = "generate.held_out" if name == "test" else f"data.splits.{name}"
             raise DataError(f"{key}: of {len(prompts)} prompts none is held out for {name}. Raise it, or ask more.")
     tests = _tests(recipe, split["test"])
     train, leaks = _without_leaks(split["train"], tests)
     if leaks:
         dropped["prompt shares text with a test"] += len(leaks)
+    if not train:
+        raise DataError(
+            f"generate.cleaning.decontaminate: all {len(split['train'])} training prompts share text with a test, the "
+            f"first with {leaks[0][1].source}: {leaks[0][1].matched[:80]!r}. Set it to null where that is a form that "
+            "all prompts have, or give other prompts."
+        )
     return Plan({**split, "train": train}, tests, dropped, leaks, tuple(notes))
 
 
@@ -142,6 +146,28 @@ def _novelty(threshold: float | None) -> Callable[[str, str], bool]:
     return lambda name, text: known.add(name, text) is None
 
 
+def _judgeable(spec: Generate, prompts: list[Prompt], dropped: Counter[str]) -> list[Prompt]:
+    """Those whose rows have what their answers are judged by: an answer that nobody can judge is not paid for."""
+    judged = spec.verify
+    column = getattr(judged, "answer", None) or getattr(judged, "tests", None)
+    if column is None:
+        return prompts
+    labels = {plain_label(one) for one in judged.labels} if isinstance(judged, LabelVerifier) else None
+    found = [prompt for prompt in prompts if _holds(prompt.row.get(column), labels)]
+    if prompts and not found:
+        columns = ", ".join(map(str, prompts[0].row))
+        raise DataError(
+            f"generate.verify: no row has a usable value in the column {column!r}, by which answers are judged; the "
+            f"first row has {columns or 'no columns'}. Name the right column."
+        )
+    dropped["row lacks what its answers are judged by"] += len(prompts) - len(found)
+    return found
+
+
+def _holds(value: object, labels: set[str] | None) -> bool:
+    return value is not None and (labels is None or plain_label(str(value)) in labels)
+
+
 def _without_duplicates(recipe: Recipe, prompts: list[Prompt], dropped: Counter[str]) -> list[Prompt]:
     """One of all prompts that are alike. Grids and drawn problems are unlike by construction: templates make them look
     alike, and what tells them apart is a word or a number.
@@ -195,8 +221,10 @@ def _tests(recipe: Recipe, held_out: Sequence[Prompt]) -> TestText | None:
     for template in (getattr(_spec(recipe).prompts, "template", None), _spec(recipe).system):
         if template:
             tests.ignore(template)
-    for prompt in held_out:
-        tests.add(HELD_OUT, prompt.id, _own_words(recipe, prompt))
+    if not isinstance(_spec(recipe).prompts, GridPrompts | TaskPrompts):
+        # Those are unlike by construction, and their form, which all of them have, would look like a leak.
+        for prompt in held_out:
+            tests.add(HELD_OUT, prompt.id, _own_words(recipe, prompt))
     for source in rule.against:
         wanted = ("id", "text", *rule.columns)
         for place, cells in read_records(resolve_data(source), config=None, split="test", format="auto", wanted=wanted):

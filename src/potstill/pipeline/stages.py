@@ -94,7 +94,7 @@ def prepare(recipe: Recipe, stage: Stage) -> None:
         if CONTROL in writers:
             unverified = read_rows(recipe.folder / "generate" / UNVERIFIED)
             own = {"train": writers[CONTROL]}
-            deque(_pack(unverified, tokenizer, own, None, bare=False, thinking=thinking), maxlen=0)
+            deque(_pack(unverified, tokenizer, own, budget, bare=False, thinking=thinking), maxlen=0)
         stats = {split: writer.finish() for split, writer in writers.items()}
     _check_overlong(recipe, stats)
     write_json_atomic(stage.folder / HELD_OUT, dump_examples(survey.held_out))

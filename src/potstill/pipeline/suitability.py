@@ -67,6 +67,13 @@ def _writing_problems(recipe: Recipe) -> Iterator[str]:
             f"teacher.kind: {recipe.teacher.kind} cannot be asked to write. Use local; or serve the model (vLLM, "
             "llama.cpp) and use openai with its base_url; or remove generate."
         )
+    judged = recipe.generate.verify
+    column = getattr(judged, "answer", None) or getattr(judged, "tests", None)
+    if recipe.generate.prompts.kind in ("self_instruct", "evolved") and judged and column:
+        yield (
+            f"generate.verify.kind: {judged.kind} compares with the column {column!r} of a row, which prompts that the "
+            f"teacher writes (generate.prompts.kind={recipe.generate.prompts.kind}) do not have. Use another verifier."
+        )
     if not isinstance(recipe.signals, OnlineSignals):
         yield (
             f"signals.kind: {recipe.signals.kind} keeps what a teacher says of rows, but here it writes them. Remove "
