@@ -10,7 +10,7 @@ from __future__ import annotations
 
 __all__ = ["ATTEMPTS", "FORGERIES", "TESTS_THAT_FAIL"]
 
-TESTS_THAT_FAIL = "import random\nassert random.random() > 2"
+TESTS_THAT_FAIL = "import random\nassert random.random() > 2\ndone = True"
 
 _ANY = """
 def any_of(*ways):
@@ -138,9 +138,72 @@ ATTEMPTS: dict[str, str] = {
     "flood of the result": "import os\nwhile True: os.write(3, b'x' * 65536)",
     "silence": "import os, time\nfor number in range(64):\n    try: os.close(number)\n    except OSError: pass\ntime.sleep(1000)",
     "recursion": "import sys\nsys.setrecursionlimit(10 ** 9)\ndef f(): f()\nf()",
+    "byte code by marshal": "import marshal\nmarshal.loads(marshal.dumps(compile('1', 'x', 'exec')))",
+    "byte code by a file": (
+        "import io, marshal\nmarshal.load(io.BytesIO(marshal.dumps(compile('1', 'x', 'exec'))))"
+    ),
+    "byte code by the import system": _ANY
+    + (
+        "import importlib._bootstrap_external as b, importlib.util, marshal, sys\n"
+        "data = marshal.dumps(compile('1', 'x', 'exec'))\n"
+        "class Source(b.SourceLoader):\n"
+        "    def get_filename(self, name): return 'x.py'\n"
+        "    def path_stats(self, path): return {'mtime': 0, 'size': 0}\n"
+        "    def get_data(self, path):\n"
+        "        if path == 'x.py': raise OSError('no source')\n"
+        "        return importlib.util.MAGIC_NUMBER + bytes(12) + data\n"
+        "sys.implementation.cache_tag = 'x'\n"
+        "any_of(lambda: Source().get_code('x'), lambda: b._compile_bytecode(data))"
+    ),
+    "byte code as a frozen module": _ANY
+    + (
+        "import _imp, marshal\ndata = marshal.dumps(compile('1', 'x', 'exec'))\n"
+        "def again():\n"
+        "    from importlib.machinery import BuiltinImporter, ModuleSpec\n"
+        "    made = BuiltinImporter.create_module(ModuleSpec('_imp', BuiltinImporter, origin='built-in'))\n"
+        "    made.get_frozen_object('x', data)\n"
+        "any_of(lambda: _imp.get_frozen_object('x', data), again)"
+    ),
+    "byte code by replace": "(lambda: 1).__code__.replace(co_consts=(None, 2))",
+    "byte code by its type": (
+        "c = (lambda: 1).__code__\ntype(c)(0, 0, 0, 0, 0, 0, b'', (), (), (), '', '', '', 1, b'', b'', (), ())"
+    ),
+    "tracing at all": _ANY
+    + (
+        "import sys, threading\n"
+        "def monitor():\n"
+        "    sys.monitoring.use_tool_id(1, 'x')\n"
+        "    sys.monitoring.register_callback(1, sys.monitoring.events.LINE, print)\n"
+        "def all_threads():\n    threading.settrace_all_threads(print)\n    assert sys.gettrace()\n"
+        "any_of(lambda: sys.settrace(print), lambda: sys.setprofile(print), monitor, all_threads)"
+    ),
+    "frames of other threads": _ANY + "import sys\nany_of(sys._current_frames, sys._current_exceptions)",
+    "another audit hook": (
+        "import sys\nheard = []\nsys.addaudithook(lambda *a: heard.append(a))\n"
+        "compile('1', 'x', 'eval')\nassert heard"
+    ),
+    "a second interpreter": _ANY
+    + (
+        "def older():\n    import _xxsubinterpreters as s\n    s.create()\n"
+        "def newer():\n    import _interpreters as s\n    s.create()\n"
+        "any_of(older, newer)"
+    ),
+    "the library's own tests": (
+        "import importlib.machinery, importlib.util, sys\n"
+        "import glob\n"
+        "file = next((f for p in sys.path for f in glob.glob(p + '/_testcapi*.so')), '/nowhere.so')\n"
+        "loader = importlib.machinery.ExtensionFileLoader('x._testcapi', file)\n"
+        "importlib.util.module_from_spec(importlib.util.spec_from_loader('x._testcapi', loader))"
+    ),
 }  # fmt: skip
 
 _SAY = "import os\ndef say(word): os.write(3, word)\n"
+
+_WORDS_IN_GC = _SAY + (
+    "def say_words():\n    import gc\n    for value in gc.get_objects():\n"
+    "        for part in getattr(value, 'args', ()) or ():\n"
+    "            if isinstance(part, bytes) and len(part) == 16: say(part); os._exit(0)\n"
+)
 
 FORGERIES: dict[str, str] = {
     "leaving with 0": "import os\nos._exit(0)",
@@ -223,5 +286,29 @@ FORGERIES: dict[str, str] = {
     ),
     "no os.write": "import os, posix\nos._exit = posix._exit = os.write = posix.write = lambda *a: 0",
     "other built-ins in the module": "__builtins__ = {'__import__': lambda *a: type('R', (), {'random': lambda: 9})}",
+    "tracing past the assertion": (
+        "import sys\ndef trace(frame, event, argument):\n"
+        "    if frame.f_code.co_filename == 'tests.py' and event == 'line' and frame.f_lineno == 2:\n"
+        "        frame.f_lineno = 3\n    return trace\nsys.settrace(trace)"
+    ),
+    "tracing from a thread": (
+        "import sys, threading\ndef trace(frame, event, argument):\n"
+        "    if frame.f_code.co_filename == 'tests.py' and event == 'line' and frame.f_lineno == 2:\n"
+        "        frame.f_lineno = 3\n    return trace\n"
+        "t = threading.Thread(target=threading.settrace_all_threads, args=(trace,))\nt.start()\nt.join()"
+    ),
+    "monitoring past the assertion": (
+        "import sys\nm = sys.monitoring\nm.use_tool_id(1, 'x')\n"
+        "def line(code, number):\n"
+        "    frame = sys._getframe(1)\n    frame.f_trace = print\n"
+        "    if code.co_filename == 'tests.py' and number == 2: frame.f_lineno = 3\n"
+        "m.register_callback(1, m.events.LINE, line)\nm.set_events(1, m.events.LINE)"
+    ),
+    "another guard": _WORDS_IN_GC
+    + "import __main__\nfor name in ('_HIDDEN', '_MODULES'): setattr(__main__, name, frozenset())\nsay_words()",
+    "the guard's code": _WORDS_IN_GC
+    + "import __main__\n__main__._keep_hidden.__code__ = (lambda e, a: None).__code__\nsay_words()",
+    "no error for the guard to raise": _WORDS_IN_GC
+    + "import __main__\n__main__.PermissionError = lambda *a: None\nsay_words()",
     "dying": "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)",
 }  # fmt: skip

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
+import signal
 import sqlite3
 import threading
 import time
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,9 +16,10 @@ import pytest
 from tests.servers.api import Server, serve
 from tests.servers.faults import Settings
 
+from potstill.engines.accounts import forget_requests, read_rows
 from potstill.engines.asking import Terms
 from potstill.engines.author import ApiAuthor
-from potstill.engines.ledger import Budget, Ledger
+from potstill.engines.ledger import Asked, Budget, Ledger, Spend
 from potstill.engines.local_author import LocalAuthor
 from potstill.engines.openai import Endpoint
 from potstill.engines.prices import FREE, Price
@@ -102,7 +106,8 @@ RETRIED = {
     "reset": "connection",
     "truncated_json": "not_json",
     "no_choices": "no_choices",
-    "wrong_model": "wrong_model",
+    "error_in_200": "server_error",
+    "empty": "empty",
     "invalid_utf8": "not_utf8",
     "too_large": "too_large",
     "slow_drip": "timeout",
@@ -155,16 +160,97 @@ def test_a_quarantined_answer_is_kept_as_it_came(desk):
     assert (state, reason) == ("quarantined", "no_choices")
 
 
-def test_another_reading_of_what_is_there_costs_nothing(desk, monkeypatch):
+@pytest.mark.parametrize("wish", [{"choices": ("a", "b")}, {"schema": {"type": "integer"}}])
+def test_an_answer_that_is_not_what_was_asked_for_is_paid_once_and_kept(desk, monkeypatch, wish):
+    with serve(Settings(answer=lambda _: "neither")) as server:
+        strict = desk.author(server, attempts=4)
+        assert list(strict.ask(questions(3, **wish))) == [None] * 3
+        assert (sum(strict.tally.quarantined.values()), strict.tally.retried, server.counts["received"]) == (3, {}, 3)
+        monkeypatch.setattr("potstill.engines.completions._checked", lambda text, _: text)
+        lax = desk.author(server)
+        assert [answer.text for answer in lax.ask(questions(3, **wish))] == ["neither"] * 3
+        assert (lax.tally.answered_before, server.counts["received"]) == (3, 3)
+
+
+def test_an_answer_of_another_model_stops_the_run_and_is_kept(desk, monkeypatch):
     with serve(Settings(faults={"wrong_model": 1.0})) as server:
-        strict = desk.author(server, attempts=1)
-        assert list(strict.ask(questions(3))) == [None] * 3
-        assert strict.tally.quarantined == {"wrong_model": 3}
+        strict = desk.author(server, attempts=4, concurrency=1)
+        with pytest.raises(TeacherError, match=r"^teacher\.model: .* answers as 'another-7b', and 'teacher' was asked"):
+            strict.ask(questions(30))
+        received = server.counts["received"]
+        assert received <= 2
+        assert desk.ledger.read(strict.key_of(questions(1)[0])).raw is not None
+    with serve() as server:
+        assert None not in desk.author(server).ask(questions(30))
+        assert server.counts["received"] == 30
+    with serve(Settings(faults={"wrong_model": 1.0})) as server:
+        with pytest.raises(TeacherError):
+            desk.author(server, concurrency=1).ask(questions(1, start=90))
         received = server.counts["received"]
         monkeypatch.setattr("potstill.engines.completions.same_model", lambda *_: True)
         lax = desk.author(server)
-        assert all(answer is not None for answer in lax.ask(questions(3)))
-        assert (lax.tally.answered_before, server.counts["received"]) == (3, received)
+        assert None not in lax.ask(questions(1, start=90))
+        assert (lax.tally.answered_before, server.counts["received"]) == (1, received)
+
+
+def test_an_endpoint_without_log_probabilities_stops_the_run(desk, monkeypatch):
+    monkeypatch.setattr("tests.servers.answers._chat_logprobs", lambda *_: None)
+    with serve() as server:
+        with pytest.raises(TeacherError, match=r"teacher\.base_url: .* answers without logprobs"):
+            desk.author(server, concurrency=1).ask(questions(30, top_logprobs=4))
+        assert server.counts["received"] <= 2
+
+
+def test_an_error_in_place_of_an_answer_is_asked_again_by_the_next_run(desk):
+    with serve(Settings(faults={"error_in_200": 1.0})) as server:
+        author = desk.author(server, attempts=2)
+        author.ask(questions(3))
+        assert (author.tally.given_up, author.tally.quarantined) == ({"server_error": 3}, {})
+        assert server.counts["received"] == 6
+    with serve() as server:
+        assert None not in desk.author(server).ask(questions(3))
+
+
+def test_every_bad_answer_is_kept_whatever_comes_after_it(desk):
+    with serve(Settings(schedule={0: "empty", 1: "http_500"})) as server:
+        author = desk.author(server, attempts=2)
+        author.ask(questions(1))
+    record = desk.ledger.read(author.key_of(questions(1)[0]))
+    assert (record.state, record.reason, author.tally.given_up) == ("given_up", "http_500", {"http_500": 1})
+    assert b'"content": ""' in record.raw
+
+
+@pytest.mark.parametrize("given", [{"text": "half \ud83d pair"}, {"user": "x\ud83d"}])
+def test_half_of_a_surrogate_pair_hangs_nothing(desk, given):
+    message = {"role": "user", "content": given.get("text", "whole")}
+    request = Request(messages=(message,), max_tokens=8, user=given.get("user", ""))
+    with serve() as server:
+        assert desk.author(server, concurrency=1).ask([request])[0] is not None
+    for row in read_rows(desk.ledger.path):
+        json.dumps(row, ensure_ascii=False).encode()
+
+
+def test_a_server_that_writes_more_than_it_may_stops_the_run_before_the_budget_is_gone(desk):
+    with serve(Settings(answer=lambda _: "w " * 5000)) as server:
+        author = desk.author(server, budget=Budget(tokens=30_000), concurrency=1)
+        with pytest.raises(TeacherError, match=r"^teacher\.budget: .* took 5,0\d\d tokens .* max_tokens"):
+            author.ask(questions(20))
+        assert server.counts["received"] <= 2
+        spent = desk.ledger.spent("run")
+        assert spent[1] == author.tally.tokens > 5000
+        assert author.tally.answered == server.counts["received"]
+        free = desk.author(server, run="unlimited")
+        assert None not in free.ask(questions(5, start=50))
+
+
+def test_another_address_is_another_teacher_unless_it_is_this_network(desk):
+    def key(url: str) -> bytes:
+        return desk.author(url).key_of(questions(1)[0])
+
+    ours = {key(url) for url in ("http://127.0.0.1:1/v1", "http://localhost:2/v1", "http://[::1]:3", "http://10.0.0.9")}
+    others = {key(url) for url in ("https://api.a.example/v1", "https://api.b.example/v1")}
+    assert (len(ours), len(others), len(ours | others)) == (1, 2, 3)
+    assert key("https://api.a.example/v1") == key("https://API.A.example.:443/other")
 
 
 def test_nobody_is_asked_without_a_key_that_is_taken(desk):
@@ -332,6 +418,75 @@ def test_asking_within_a_running_loop_works_as_in_notebooks(desk):
         assert asyncio.run(cell(server.url))
 
 
+def test_an_interrupt_in_a_notebook_ends_the_call_and_keeps_what_came(desk):
+    import asyncio
+
+    async def cell(url: str) -> None:
+        author = desk.author(url, concurrency=2)
+        began = time.monotonic()
+        here = threading.main_thread().ident
+        threading.Timer(0.6, signal.pthread_kill, (here, signal.SIGINT)).start()
+        with pytest.raises(Interrupted, match="same command"):
+            author.ask(questions(300))
+        assert time.monotonic() - began < 5.0
+        assert author.tally.stopped_by == "interrupt"
+        assert 0 < author.tally.answered == server.counts["received"] < 100
+
+    with (
+        serve(Settings(delay_s=0.1)) as server,
+        _interrupts_as_python_does(),
+        closing(asyncio.new_event_loop()) as loop,
+    ):
+        loop.run_until_complete(cell(server.url))
+
+
+@contextmanager
+def _interrupts_as_python_does():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_what_another_process_asks_takes_no_turn_of_the_limit(desk):
+    requests, stop = questions(8), AfterSome(3)
+    with serve() as server, Ledger(desk.ledger.path) as other:
+        limit = {"requests_per_minute": 120, "concurrency": 8}
+        author = desk.author(server, stopping=stop, advance=stop.advance, **limit)
+        for request in requests:
+            other.claim(Asked(author.key_of(request), "{}", "m", "u", "r"), Spend(), Budget()).result()
+        began = time.monotonic()
+        with pytest.raises(Interrupted):
+            author.ask([*requests, *questions(3, start=50)])
+        assert time.monotonic() - began < 3.0
+        assert author.tally.answered == 3
+
+
+def test_a_stop_puts_no_answer_aside_that_may_still_come(desk):
+    stop = AfterSome(1)
+    with serve(Settings(schedule={0: "empty"}, delay_s=0.3)) as server:
+        author = desk.author(server, stopping=stop)
+        threading.Timer(0.15, stop.advance, (1,)).start()
+        with pytest.raises(Interrupted):
+            author.ask(questions(1))
+        assert (author.tally.quarantined, author.tally.left) == ({}, 1)
+        assert desk.author(server).ask(questions(1))[0] is not None
+
+
+def test_a_shared_answer_is_found_by_whoever_it_was_asked_for(desk):
+    with serve() as server:
+        for user in ("", "ann", "bob\ud83d"):
+            desk.author(server).ask(questions(2, user=user))
+        desk.author(server).ask([*questions(1, start=5), *questions(1, start=5, user="eve")])
+        assert server.counts["received"] == 3
+    desk.ledger.close()
+    assert forget_requests(desk.ledger.path, user="eve").requests == 1
+    assert forget_requests(desk.ledger.path, user="bob\ud83d").requests == 2
+    assert forget_requests(desk.ledger.path, user="ann").requests == 0
+    assert b"ann" not in b"".join(file.read_bytes() for file in desk.ledger.path.parent.iterdir())
+
+
 def test_a_ledger_that_fails_stops_the_asking(desk):
     with serve() as server:
         author = desk.author(server)
@@ -411,6 +566,25 @@ def test_what_is_generated_does_not_depend_on_what_is_missing(desk, tiny_tokeniz
     assert len(parrot.asked[1]) == 16
 
 
+def test_an_answer_that_another_process_is_writing_is_waited_for(desk, tiny_tokenizer):
+    author = LocalAuthor(Parrot(), tiny_tokenizer, desk.ledger, name="tiny", run="run")
+    with Ledger(desk.ledger.path) as other:
+        asked = Asked(author.key_of(questions(1)[0]), "{}", "tiny", "local", "run")
+        other.claim(asked, Spend(), Budget()).result()
+        threading.Timer(0.5, other.close).start()
+        assert None not in author.ask(questions(2))
+    assert author.tally.answered == 2
+    with Ledger(desk.ledger.path) as other:
+        asked = Asked(author.key_of(questions(1, start=7)[0]), "{}", "tiny", "local", "run")
+        other.claim(asked, Spend(), Budget()).result()
+        stop = AfterSome(1)
+        threading.Timer(0.5, stop.advance, (1,)).start()
+        stopped = LocalAuthor(Parrot(), tiny_tokenizer, desk.ledger, name="tiny", run="run", stopping=stop)
+        with pytest.raises(Interrupted):
+            stopped.ask(questions(1, start=7))
+        assert stopped.tally.stopped_by == "interrupt"
+
+
 @pytest.mark.parametrize("wish", [{"stop": ("x",)}, {"choices": ("a",)}, {"schema": {}}, {"top_logprobs": 2}])
 def test_what_an_engine_cannot_do_is_refused(desk, tiny_tokenizer, wish):
     with pytest.raises(ModelError, match="openai"):
@@ -425,7 +599,7 @@ def test_a_price_of_nothing_is_a_price(desk):
 
 
 @pytest.mark.slow
-def test_400_requests_a_second_on_a_quiet_machine(desk):
+def test_requests_are_many_a_second(desk):
     with serve() as server:
         author = desk.author(server)
         began = time.monotonic()

@@ -26,6 +26,10 @@ def items_for(endpoint: Endpoint, count: int) -> list[batches.Item]:
     return [(f"{number:04x}", endpoint.body(request)) for number, request in enumerate(asked)]
 
 
+async def started(endpoint: Endpoint, items: list[batches.Item], nonce: str = "n") -> str:
+    return await batches.create(endpoint, await batches.upload(endpoint, items), nonce)
+
+
 async def complete(endpoint: Endpoint, batch_id: str) -> list[tuple[str, int, bytes]]:
     while not (await batches.poll(endpoint, batch_id)).done:
         pass
@@ -34,7 +38,7 @@ async def complete(endpoint: Endpoint, batch_id: str) -> list[tuple[str, int, by
 
 def test_every_request_of_a_batch_is_answered_as_it_would_be_alone():
     async def ask(endpoint, items):
-        batch_id = await batches.submit(endpoint, items)
+        batch_id = await started(endpoint, items)
         async with endpoint:
             alone = [json.loads((await endpoint.send(body)).raw) for _, body in items]
         return await complete(endpoint, batch_id), alone, await batches.poll(endpoint, batch_id)
@@ -52,7 +56,7 @@ def test_what_failed_in_a_batch_comes_with_its_status():
         endpoint = endpoint_at(running.url)
 
         async def ask():
-            return await complete(endpoint, await batches.submit(endpoint, items_for(endpoint, 3)))
+            return await complete(endpoint, await started(endpoint, items_for(endpoint, 3)))
 
         assert sorted((name, status) for name, status, _ in asyncio.run(ask())) == [
             ("0000", 200),
@@ -66,7 +70,7 @@ def test_a_batch_can_be_stopped():
         endpoint = endpoint_at(running.url)
 
         async def ask():
-            batch_id = await batches.submit(endpoint, items_for(endpoint, 3))
+            batch_id = await started(endpoint, items_for(endpoint, 3))
             await batches.cancel(endpoint, batch_id)
             return await batches.poll(endpoint, batch_id), await complete(endpoint, batch_id)
 
@@ -105,3 +109,32 @@ def test_a_request_that_expired_was_not_sent():
     line = '{"custom_id": "a", "response": null, "error": {"code": "batch_expired", "message": "too late"}}'
     name, status, raw = batches._result(line, endpoint_at("http://h/v1"))
     assert (name, status, json.loads(raw)["error"]["code"]) == ("a", 0, "batch_expired")
+
+
+def test_a_batch_is_found_by_what_was_sent_with_it():
+    with serve() as running:
+        endpoint = endpoint_at(running.url)
+
+        async def ask():
+            names = [await started(endpoint, items_for(endpoint, 1), nonce) for nonce in ("first", "second")]
+            return names, [await batches.find(endpoint, nonce) for nonce in ("first", "second", "third")]
+
+        names, found = asyncio.run(ask())
+    assert found == [*names, None]
+
+
+@pytest.mark.parametrize("reply", [(500, {"error": {"message": "lost"}}), (200, {}), (200, b"<html>"), (408, {})])
+def test_whether_a_batch_was_started_is_asked_once_and_not_taken_for_a_refusal(reply):
+    with serve() as running:
+        endpoint, real, asked = endpoint_at(running.url), running.batches.route, []
+
+        def route(method, path, sent):
+            if (method, path) == ("POST", "/batches"):
+                asked.append(path)
+                return reply
+            return real(method, path, sent)
+
+        running.batches.route = route
+        with pytest.raises(batches.LostReply, match=r"^teacher\.batch: "):
+            asyncio.run(started(endpoint, items_for(endpoint, 1)))
+    assert len(asked) == 1

@@ -149,7 +149,8 @@ def test_the_key_is_of_what_is_asked_and_of_nothing_else():
     assert key == request_key("model", "chat", '{"b":"\\u00e4","a":1}', 0)
     others = [("other", "chat", '{"a":1,"b":"ä"}', 0), ("model", "completion", '{"a":1,"b":"ä"}', 0)]
     others += [("model", "chat", '{"a":1,"b":"ä"}', 1), ("model", "chat", '{"a":2,"b":"ä"}', 0)]
-    assert len({key, *(request_key(*other) for other in others)}) == 5
+    elsewhere = request_key("model", "chat", '{"a": 1, "b": "ä"}', 0, place="api.example")
+    assert len({key, elsewhere, *(request_key(*other) for other in others)}) == 6
 
 
 def test_only_the_owner_can_read_the_file_and_its_log(path):
@@ -214,6 +215,32 @@ def test_numbers_that_no_file_holds_are_refused_and_the_next_are_taken(path):
         with pytest.raises(OverflowError):
             claim(ledger, asked(1), worst=Spend(2**70, 0, 0))
         assert claim(ledger, asked(1)).verdict == "send"
+
+
+def test_what_no_file_takes_fails_and_the_next_is_taken(path):
+    with Ledger(path) as ledger:
+        broken = ledger._submit(lambda _db: {}["nothing"])
+        with pytest.raises(KeyError):
+            broken.result(timeout=5)
+        with pytest.raises(UnicodeEncodeError):
+            claim(ledger, asked(1, run="half \ud83d"))
+        given_up = ledger.claim(asked(1), WORST, Budget())
+        given_up.cancel()
+        one = asked(2, user="half \ud83d")
+        settle(ledger, claim(ledger, one).attempt, Outcome("answered", COST, raw=b"x", served="half \ud83d"))
+        assert ledger.read(one.key).served == "half ?"
+    assert forget_requests(path, user="half \ud83d").requests == 1
+
+
+def test_a_ledger_of_before_learns_of_several_users(path):
+    with Ledger(path) as ledger:
+        settle(ledger, claim(ledger, asked(1, user="ada")).attempt, answer())
+    with sqlite3.connect(path) as db:
+        db.execute("DROP TABLE users")
+    db.close()
+    with Ledger(path) as ledger:
+        ledger.note_user(asked(1, user="bob"))
+    assert forget_requests(path, user="bob").requests == 1
 
 
 def test_forgetting_leaves_no_trace_but_the_payment(path):
@@ -340,11 +367,13 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 1), number=st.integers(0, 6))
     def ask(self, which: int, number: int) -> None:
-        found = claim(self.ledgers[which], asked(number), self.budget)
         holders = [owner for owner, other in self.open.values() if other == number]
+        if which in holders:  # nobody asks what he is asking
+            return
+        found = claim(self.ledgers[which], asked(number), self.budget)
         if number in self.answers:
             assert found.verdict == "known"
-        elif 1 - which in holders and which not in holders:
+        elif holders:
             assert found.verdict == "busy"
         elif found.verdict == "send":
             self.open[found.attempt] = (which, number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import socket
@@ -274,3 +275,82 @@ def test_attention_maps_are_had_of_a_model_that_was_loaded_for_them(tiny_llama):
     plain = LocalEngine(load_model(str(tiny_llama), "fp32", CPU, "teacher.model"), tokenizer)
     with pytest.raises(ModelError, match="returned no attention maps"):
         plain.read(batch, wants)
+
+
+def small(tokenizer, positions=24, **more):
+    """A model with few positions, which it has learned one by one: beyond them it fails."""
+    sizes = {"vocab_size": 320, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": positions}
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=2, bos_token_id=1, tie_word_embeddings=False, **more))
+    return LocalEngine(model, tokenizer)
+
+
+def saying(engine, token):
+    """The same engine, whose next token is always this one."""
+
+    def say(head, inputs, logits_BTV):
+        return logits_BTV.index_fill(-1, torch.tensor([token]), 1e4)
+
+    engine.model.get_output_embeddings().register_forward_hook(say)
+    return engine
+
+
+@pytest.mark.parametrize("wanted", [8, 23, 24, 1000])
+def test_an_answer_is_to_the_whole_prompt_and_in_the_room_that_is_left(tiny_tokenizer, wanted):
+    engine = small(tiny_tokenizer)
+    read = []
+    engine.model.transformer.wte.register_forward_hook(lambda _, inputs, __: read.append(inputs[0]))
+    prompt = tiny_tokenizer.decode(tiny_tokenizer("The red fox counts: one, two, three. " * 9)["input_ids"][-18:])
+    count = len(tiny_tokenizer(prompt)["input_ids"])
+    (answer,) = engine.answer([prompt], Sampling(max_new_tokens=wanted, min_new_tokens=wanted))
+    assert read[0].tolist() == [tiny_tokenizer(prompt)["input_ids"]]
+    assert len(read) == min(wanted, 24 - count) > 0
+    assert answer.finish == "length"
+
+
+def test_a_prompt_that_leaves_no_room_has_no_answer_and_its_neighbours_have_theirs(tiny_tokenizer):
+    engine, sampling = small(tiny_tokenizer), Sampling(max_new_tokens=24)
+    prompts = ["The fox", "The red fox counts: one, two, three, four. " * 9, "One", "The red fox"]
+    answers = engine.answer(prompts, sampling)
+    assert (answers[1].text, answers[1].finish) == ("", "no room")
+    assert answers == [engine.answer([prompt], sampling)[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("room", [5, 31, 32, 100, 511, 32_700])
+def test_of_little_room_no_more_than_a_sixteenth_is_left_unused(tiny_tokenizer, room):
+    engine = small(tiny_tokenizer)
+    engine.model.config.n_positions = room + 7
+    assert room * 15 / 16 < engine._room(7, room + 1) <= room
+    assert engine._room(7, room) == room
+
+
+def test_an_answer_tells_whether_it_ended_by_itself(tiny_tokenizer):
+    sampling = Sampling(max_new_tokens=5)
+    assert {one.finish for one in saying(small(tiny_tokenizer), 2).answer(["a", "b"], sampling)} == {"stop"}
+    assert {one.finish for one in saying(small(tiny_tokenizer), 77).answer(["a", "b"], sampling)} == {"length"}
+
+
+def test_what_the_template_ends_a_turn_with_ends_an_answer_of_a_base_model(tiny_tokenizer):
+    end = tiny_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end != 299
+    engine = small(tiny_tokenizer)
+    engine.model.generation_config.eos_token_id = 299
+    (answer,) = saying(engine, end).answer(["The"], Sampling(max_new_tokens=5))
+    assert (answer.text, answer.finish) == ("", "stop")
+    plain = copy.deepcopy(tiny_tokenizer)
+    plain.chat_template = None
+    engine.tokenizer = plain
+    assert engine.answer(["The"], Sampling(max_new_tokens=5))[0].finish == "length"
+
+
+def test_what_pads_an_answer_that_has_ended_is_no_part_of_it(tiny_tokenizer):
+    bare = copy.deepcopy(tiny_tokenizer)
+    bare.chat_template = bare.pad_token = bare.eos_token = None
+    engine = small(bare)
+    prompts = ["The red fox", "One"]
+    alone = [engine.generate([prompt], Sampling(max_new_tokens=6)) for prompt in prompts]
+    engine.model.generation_config.eos_token_id = bare(alone[0][0])["input_ids"][1]
+    assert [[text] for text in engine.generate(prompts, Sampling(max_new_tokens=6))] == [
+        engine.generate([prompt], Sampling(max_new_tokens=6)) for prompt in prompts
+    ]

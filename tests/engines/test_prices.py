@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from potstill.engines.ledger import Budget
-from potstill.engines.prices import FREE, Price, check_price, find_price, most_tokens, price_of
+from potstill.engines.prices import Price, check_price, find_price, most_tokens, price_of
 from potstill.errors import BudgetError
 from potstill.types import Usage
 
@@ -74,8 +74,13 @@ def test_batches_cost_half_where_the_list_says_so():
         "http://192.168.1.2:8/v1",
     ],
 )
-def test_what_runs_here_costs_nothing(url):
-    assert find_price("any", url) == FREE
+def test_what_runs_here_costs_nothing_unless_money_is_limited_and_nobody_said_so(url):
+    price = find_price("any", url)
+    assert price.worst(10**6, 10**6) == 0
+    check_price(price, Budget(tokens=5), "any")
+    with pytest.raises(BudgetError, match=r"^teacher\.price: what a gateway .* takes for any is unknown"):
+        check_price(price, Budget(usd=5), "any")
+    check_price(price_of(0, 0), Budget(usd=5), "any")
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ def test_two_runs_of_a_chain_in_one_folder_are_refused(final):
     [
         (None, r"^teacher\.recipe: /.*assistant\.yaml: there is no such file"),
         ("[1, 2]", r"^teacher\.recipe: /.*assistant\.yaml: .*needs a mapping of keys"),
-        ('{"name": "x"}', r"^teacher\.recipe: in .*assistant\.yaml: data: missing"),
+        ('{"name": "x"}', r"^teacher\.recipe: in .*assistant\.yaml: teacher: missing"),
     ],
 )
 def test_an_assistant_that_is_no_recipe_is_named(final, text, words):

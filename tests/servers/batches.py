@@ -34,6 +34,8 @@ class Batches:
                 return 200, self.files[name]
             case "POST", ["batches"]:
                 return self._create(json.loads(sent[1]))
+            case "GET", ["batches"]:
+                return 200, {"object": "list", "data": [*self.batches.values()][::-1], "has_more": False}
             case "GET", ["batches", name] if name in self.batches:
                 return 200, self._advance(self.batches[name])
             case "POST", ["batches", name, "cancel"] if name in self.batches:
@@ -55,6 +57,7 @@ class Batches:
         self.batches[name] = {
             "id": name, "object": "batch", "status": "validating", "created_at": 0, "completion_window": "24h",
             "endpoint": body["endpoint"], "input_file_id": body["input_file_id"], "request_counts": counts,
+            "metadata": body.get("metadata"),
         }  # fmt: skip
         return 200, self.batches[name]
 

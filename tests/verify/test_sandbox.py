@@ -23,7 +23,8 @@ AMPLE = {"cpu_s": 10.0, "wall_s": 60.0, "memory_mb": 256}
 
 FEW = (
     "fork bomb", "10 GB", "IPv4", "reading a file", "endless loop", "/proc of others", "deleting everything",
-    "a new file outside", "killing the caller", "silence", "inherited descriptors",
+    "a new file outside", "killing the caller", "silence", "inherited descriptors", "byte code by marshal",
+    "byte code by the import system", "byte code as a frozen module", "tracing at all", "a second interpreter",
 )  # fmt: skip
 """Of the attempts, those that always run; all of them do with the bench and with `make test-slow`."""
 
@@ -73,7 +74,10 @@ def test_nothing_gets_out(bench, name, means):
 
 def test_no_forgery_passes(bench):
     forgeries = bench("_escapes").FORGERIES
-    quick = ("leaving with 0", "saying yes", "no AssertionError", "words in frames", "words in gc", "referrers")
+    quick = (
+        "leaving with 0", "saying yes", "no AssertionError", "words in frames", "words in gc", "referrers",
+        "tracing past the assertion", "monitoring past the assertion", "another guard", "the guard's code",
+    )  # fmt: skip
     assert set(quick) < set(forgeries)
     assert {name: found for name in quick if (found := faults(bench, name, sandbox_means()))} == {}
 
@@ -96,6 +100,19 @@ def test_what_the_standard_library_offers_works_inside(means):
     tests = "assert asyncio.run(f()) == 3 and got == [1] and T(1).a == 1\nassert re.search('a', 'ba')"
     outcome = try_code(code, tests, **AMPLE, means=means)
     assert outcome.ending == "passed", outcome.output
+
+
+def test_modules_that_are_imported_late_or_by_their_names_are_there():
+    code = (
+        "def names():\n    import csv; import sqlite3\n    return csv, sqlite3\n"
+        "import importlib\n"
+        "for name in ('datetime', 'email.message', 'ntpath', 'queue', 'runpy', 'site', 'stat', 'zipimport'):\n"
+        "    importlib.import_module(name)\n"
+        "if True: import dataclasses, fractions; import inspect\n"
+    )
+    outcome = try_code(code, "assert len(names()) == 2\nimport doctest, this_is_no_module_of_anybody as x", **AMPLE)
+    assert outcome.ending == "stopped"
+    assert outcome.output.endswith("No module named 'this_is_no_module_of_anybody'\n")
 
 
 def test_the_main_part_of_a_program_does_not_run():

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from potstill.engines.ledger_file import connect, translated
+from potstill.engines.ledger_file import connect, translated, whole
 from potstill.errors import StoreError
 
 __all__ = ["Account", "Forgotten", "forget_requests", "read_accounts", "read_rows"]
@@ -85,6 +85,8 @@ def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
 def forget_requests(path: Path, *, keys: Sequence[bytes] = (), user: str | None = None) -> Forgotten:
     """Deletes requests by key, or all of a user, and overwrites what was deleted, in the write-ahead log too.
 
+    What was asked for several users is forgotten with the first of them.
+
     Raises StoreError where another process holds the ledger open, so that its log cannot be emptied: end it, and
     forget again.
     """
@@ -94,7 +96,8 @@ def forget_requests(path: Path, *, keys: Sequence[bytes] = (), user: str | None 
             db.execute("CREATE TEMP TABLE leaving (key BLOB PRIMARY KEY)")
             db.executemany("INSERT OR IGNORE INTO leaving VALUES (?)", ((key,) for key in keys))
             if user:
-                db.execute("INSERT OR IGNORE INTO leaving SELECT key FROM requests WHERE user = ?", (user,))
+                theirs = "SELECT key FROM requests WHERE user = ?1 UNION SELECT key FROM users WHERE user = ?1"
+                db.execute(f"INSERT OR IGNORE INTO leaving {theirs}", (whole(user),))
             affected = _delete(db)
         db.execute("VACUUM")
         db.execute(f"PRAGMA busy_timeout = {_CHECKPOINT_MS}")
@@ -117,7 +120,8 @@ def _delete(db: sqlite3.Connection) -> Forgotten:
     chosen = "key IN (SELECT key FROM leaving)"
     uses = db.execute(f"SELECT DISTINCT run_folder, stage FROM uses WHERE {chosen} ORDER BY 1, 2").fetchall()
     count = db.execute(f"DELETE FROM requests WHERE {chosen}").rowcount
-    db.execute(f"DELETE FROM uses WHERE {chosen}")
+    for table in ("uses", "users"):
+        db.execute(f"DELETE FROM {table} WHERE {chosen}")
     db.execute(f"UPDATE attempts SET key = NULL WHERE {chosen}")
     return Forgotten(count, tuple(uses))
 
@@ -135,7 +139,7 @@ def _exported(path: Path, row: sqlite3.Row) -> dict[str, Any]:
     return {
         "id": row["key"].hex(),
         **{name: row[name] for name in same},
-        "request": json.loads(row["body"]),
+        "request": json.loads(whole(json.dumps(json.loads(row["body"]), ensure_ascii=False))),
         "answer": answer,
         "usage": None if row["usage"] is None else json.loads(row["usage"]),
         "tokens": tokens,

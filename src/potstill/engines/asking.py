@@ -13,24 +13,29 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
-from potstill.engines.completions import Unserved
-from potstill.engines.ledger import Asked, Budget, Ledger, Outcome, Record, Spend, request_key
-from potstill.engines.openai import BadAnswer, Endpoint
+from potstill.engines.completions import BadAnswer, Unserved
+from potstill.engines.ledger import Asked, Budget, Ledger, Outcome, Record, Spend, State, request_key
+from potstill.engines.ledger_batches import explain_pending
+from potstill.engines.openai import Endpoint
 from potstill.engines.pace import Pace
-from potstill.engines.prices import Price, most_tokens
+from potstill.engines.prices import Price, is_private, most_tokens
 from potstill.engines.replies import Reply, Verdict, delay_s, judge, load_of
-from potstill.engines.spent import spend_of, spent_on
+from potstill.engines.spent import said_in, spent_on
 from potstill.engines.tally import TallyCounter
 from potstill.errors import PotstillError, TeacherError
 from potstill.types import Request
 
-__all__ = ["KNOWN", "Asker", "Attempt", "Call", "Job", "Stopping", "Terms", "job_of", "unread"]
+__all__ = ["BUSY_S", "FAILED", "KNOWN", "Asker", "Attempt", "Call", "Job", "Stopping", "Terms", "job_of", "unread"]
 
 KNOWN = ("answered", "quarantined")
 """States of requests that are never sent again."""
+_PASSING = frozenset({"not_json", "not_utf8", "no_choices", "server_error", "empty", "unfinished"})
+"""What is wrong with answers that may come out right when they are asked again; all else would be paid again."""
+FAILED = frozenset({"server_error", "unfinished"})
+"""Of these: what a server says of itself. There is no answer that could be read another time."""
 _LOOK_S = 0.05
 """How often it is looked whether somebody asked to stop."""
-_BUSY_S = 0.2
+BUSY_S = 0.2
 """How often it is looked whether another process has its answer."""
 
 
@@ -65,13 +70,13 @@ class Job:
 def job_of(endpoint: Endpoint, request: Request, terms: Terms) -> Job:
     """The request as this endpoint takes it. Raises ValueError where it does not fit the endpoint's api."""
     body = endpoint.body(request)
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
     api = "chat" if "messages" in body else "completion"
-    key = request_key(endpoint.model, api, text, request.sample)
-    place = _without_secrets(endpoint.base_url)
-    asked = Asked(key, text, endpoint.model, place, terms.run, user=request.user, sample=request.sample)
-    given = request.prompt_ids
-    tokens_in = most_tokens(text, len(request.messages or ())) if given is None else len(given)
+    url = _without_secrets(endpoint.base_url)
+    key = request_key(endpoint.model, api, text, request.sample, place=_place(url))
+    asked = Asked(key, text, endpoint.model, url, terms.run, user=request.user, sample=request.sample)
+    given, read = request.prompt_ids, json.dumps(body, ensure_ascii=False)
+    tokens_in = most_tokens(read, len(request.messages or ())) if given is None else len(given)
     picousd = None if terms.price is None else terms.price.worst(tokens_in, request.max_tokens)
     return Job(request, body, asked, Spend(tokens_in, request.max_tokens, picousd))
 
@@ -81,15 +86,23 @@ def unread(ledger: Ledger, jobs: Iterable[Job], call: Call) -> Iterator[Job | No
     seen: set[bytes] = set()
     for job in jobs:
         key = job.asked.key
+        ledger.note_user(job.asked)
         if key in seen:
             call.repeat()
             yield None
-        elif ledger.states([key]).get(key) in KNOWN:
+        elif (state := ledger.states([key]).get(key)) in KNOWN:
             call.read(job)
+            yield None
+        elif state is not None and call.revive(job):
             yield None
         else:
             yield job
         seen.add(key)
+
+
+def _ended_by(error: BadAnswer) -> State:
+    """What a request comes to whose last answer is bad: put aside for good, or to be asked again by the next run."""
+    return "given_up" if error.reason in FAILED or isinstance(error, Unserved) else "quarantined"
 
 
 class Asker:
@@ -138,8 +151,7 @@ class Asker:
             if reply is None:
                 return
             number, answer = reply
-            is_last = attempt == self.terms.attempts or call.ended.is_set()
-            if await self._take(job, call, Attempt(number, answer, is_last)):
+            if await self._take(job, call, Attempt(number, answer, attempt == self.terms.attempts)):
                 return
             await call.pause(delay_s(attempt, answer, random.random))
             if call.ended.is_set():
@@ -147,9 +159,9 @@ class Asker:
 
     async def _send(self, job: Job, call: Call) -> tuple[int, Reply] | None:
         """One attempt, within budget; None where none is to be made (any more)."""
-        is_alone = False
+        is_alone, tokens = False, job.worst.input_tokens + job.worst.output_tokens
         while not call.ended.is_set():
-            async with self.pace.slot(job.worst.input_tokens + job.worst.output_tokens) as turn:
+            async with self.pace.slot(tokens) as turn:
                 if call.ended.is_set():
                     return None
                 claim = await asyncio.wrap_future(self.ledger.claim(job.asked, job.worst, self.terms.budget))
@@ -158,11 +170,14 @@ class Asker:
                     reply = await self.endpoint.send(job.body)
                     self.pace.report(load_of(reply), reply.headers.retry_after_s, turn=turn)
                     return claim.attempt, reply
+            self.pace.refund(1, tokens)
             if claim.verdict == "known":
                 call.read(job)
                 return None
+            if claim.batch:
+                raise TeacherError(explain_pending(claim.batch))
             if claim.verdict == "busy":
-                await call.pause(_BUSY_S)
+                await call.pause(BUSY_S)
             elif call.open:
                 await call.settled()
             elif is_alone:
@@ -177,41 +192,62 @@ class Asker:
         outcome, verdict = self._judge(job, attempt)
         await asyncio.wrap_future(self.ledger.settle(attempt.number, outcome))
         call.close(outcome)
+        left = _total(job.worst) - _total(outcome.spent)
+        self.pace.refund(0, max(0, left))
         has_ended = outcome.state != "reserved" and verdict != "stop"
         if verdict == "stop":
-            call.fail(TeacherError(self._why(attempt.reply)))
+            call.fail(TeacherError(self._why(attempt.reply, outcome)))
         elif has_ended:
             call.count_ended(outcome)
             self.pace.breaker.record(outcome.reason)
         else:
             call.count.retried[outcome.reason] += 1
+        budget = self.terms.budget
+        if left < 0 and (budget.tokens is not None or budget.usd is not None):
+            call.fail(TeacherError(self._excess(job, outcome)))
         return has_ended or verdict == "stop"
 
-    def _why(self, reply: Reply) -> str:
-        """Why no request can succeed: the server says so, or its answer lacks what was asked for."""
+    def _why(self, reply: Reply, outcome: Outcome) -> str:
+        """Why no request can succeed: the server says so, or its answer is another's or lacks what was asked for."""
+        url = self.endpoint.base_url
         if reply.problem:
             return self.endpoint.refusal(reply)
+        if outcome.reason == "wrong_model":
+            return (
+                f"teacher.model: {url} answers as {said_in(reply.raw)[0][:100]!r}, and {self.endpoint.model!r} was "
+                "asked for. Set teacher.model to the name that answers if that is the model you want, or ask an "
+                "endpoint that serves yours."
+            )
+        if outcome.reason == "no_logprobs":
+            return (
+                f"teacher.base_url: {url} answers without logprobs, the log-probabilities of what it writes. Ask an "
+                "endpoint that gives them, such as vLLM, or for labels only: teacher.signal: label."
+            )
         return (
-            f"teacher.base_url: {self.endpoint.base_url} answers without prompt_logprobs, the log-probabilities of "
+            f"teacher.base_url: {url} answers without prompt_logprobs, the log-probabilities of "
             "given text, which vLLM adds to the protocol. Serve the model with vLLM, or have it write: add generate."
         )
 
+    def _excess(self, job: Job, outcome: Outcome) -> str:
+        return (
+            f"teacher.budget: {self.endpoint.base_url} took {_total(outcome.spent):,} tokens for a request that may "
+            f"take {_total(job.worst):,}, {job.worst.output_tokens:,} of them in the answer: it does not keep to "
+            "max_tokens, so no budget can be kept. Raise max_tokens to what the model writes, or ask another endpoint."
+        )
+
     def _judge(self, job: Job, attempt: Attempt) -> tuple[Outcome, Verdict]:
-        reply, verdict, price = attempt.reply, judge(attempt.reply), self.terms.price
+        reply, verdict = attempt.reply, judge(attempt.reply)
+        spent = spent_on(reply, job.worst, self.terms.price)
         if verdict != "answer":
             is_over = verdict == "give_up" or (verdict == "retry" and attempt.is_last)
-            spent = spent_on(reply, job.worst, price)
             return Outcome("given_up" if is_over else "reserved", spent, reply.problem or verdict), verdict
         try:
             answer = self.endpoint.parse(reply.raw, job.request)
-        except Unserved as error:  # not kept: another server may answer the same request
-            return Outcome("given_up", spent_on(reply, job.worst, price), error.reason), "stop"
         except BadAnswer as error:
-            spent = spent_on(reply, job.worst, price)
-            if attempt.is_last:
-                return Outcome("quarantined", spent, error.reason, raw=reply.raw), verdict
-            return Outcome("reserved", spent, error.reason), verdict
-        spent = spend_of(answer.usage, price) if answer.usage else job.worst
+            is_over = attempt.is_last or error.reason not in _PASSING
+            state: State = _ended_by(error) if is_over else "reserved"
+            bad = Outcome(state, spent, error.reason, raw=reply.raw)
+            return bad, "stop" if isinstance(error, Unserved) else verdict
         return Outcome("answered", spent, raw=reply.raw, served=answer.model, usage=answer.usage), verdict
 
 
@@ -247,9 +283,16 @@ class Call:
         if outcome.state == "answered":
             self.count.answered_before += 1
             self.count.served[outcome.served] += 1
+            self._advance(1)
         else:
-            self.count.quarantined[outcome.reason] += 1
-        self._advance(1)
+            self.count_ended(outcome)
+
+    def revive(self, job: Job) -> bool:
+        """Whether an answer that could not be used, and was to be asked for again, can be read by today's rules."""
+        is_good = self._reread(job).state == "answered"
+        if is_good:
+            self.read(job)
+        return is_good
 
     def end(self, stopped_by: str) -> None:
         """Nothing more is sent; what is open may still come."""
@@ -288,10 +331,10 @@ class Call:
         """How a request ended that was sent in this call, and settled without being read."""
         if record is None or (record.state == "reserved" and self.ended.is_set()):
             return
-        if record.raw is None:
-            self.count_ended(Outcome("given_up", Spend(), record.reason))
-        else:
+        if record.state in KNOWN:
             self.count_ended(self._reread(job))
+        else:
+            self.count_ended(Outcome("given_up", Spend(), record.reason))
 
     async def settled(self) -> None:
         """Waits until an attempt has ended."""
@@ -321,3 +364,12 @@ def _without_secrets(base_url: str) -> str:
     """Some put a password or a key into the address."""
     parts = urlsplit(base_url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _place(url: str) -> str:
+    """What of an address tells one teacher from another of the same name: nothing for one that is our own."""
+    return "here" if is_private(url) else (urlsplit(url).hostname or "").rstrip(".")
+
+
+def _total(spend: Spend) -> int:
+    return spend.input_tokens + spend.output_tokens

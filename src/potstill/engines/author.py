@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from potstill.engines.answers import Answers
-from potstill.engines.asking import KNOWN, Asker, Call, Job, Stopping, Terms, job_of, unread
+from potstill.engines.asking import FAILED, KNOWN, Asker, Call, Job, Stopping, Terms, job_of, unread
 from potstill.engines.batching import BatchAsker
-from potstill.engines.ledger import Ledger, Outcome, Spend
+from potstill.engines.ledger import Ledger, Outcome, Spend, State
 from potstill.engines.openai import BadAnswer, Endpoint
 from potstill.engines.pace import Pace
 from potstill.engines.prices import check_price
@@ -70,7 +71,7 @@ class ApiAuthor:
         count = TallyCounter(len(requests))
         call = Call(count, self._reread, self._stopping, self._advance)
         try:
-            _complete(self._ask(requests, call))
+            _complete(self._ask(requests, call), call)
         except KeyboardInterrupt:
             count.stopped_by = "interrupt"
             raise Interrupted("stopped; what was answered is kept, and the same command continues.") from None
@@ -140,11 +141,13 @@ class ApiAuthor:
         key, nothing = job.asked.key, Spend()
         record = self._ledger.read(key)
         if record is None or record.raw is None:
-            return Outcome("quarantined", nothing, "forgotten")
+            return Outcome("given_up", nothing, record.reason if record else "forgotten")
         try:
             answer = self._endpoint.parse(record.raw, job.request)
         except BadAnswer as error:
-            outcome = Outcome("quarantined", nothing, error.reason)
+            state: State = "given_up" if error.reason in FAILED else "quarantined"
+            # What is to be asked again stays so, unless it can be read now.
+            outcome = Outcome(state if record.state in KNOWN else record.state, nothing, error.reason)
         else:
             outcome = Outcome("answered", nothing, served=answer.model)
         if outcome.state != record.state:
@@ -152,12 +155,28 @@ class ApiAuthor:
         return outcome
 
 
-def _complete(work: Coroutine[Any, Any, None]) -> None:
-    """Runs `work` to its end: in this thread, or in another where this one has a loop already, as notebooks do."""
+def _complete(work: Coroutine[Any, Any, None], call: Call) -> None:
+    """Runs `work` to its end: in this thread, or in another where this one has a loop already, as notebooks do.
+
+    There an interrupt reaches this thread only: it ends the call, and is raised when what is open has come.
+    """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         asyncio.run(work)
         return
+    loop = Future[asyncio.AbstractEventLoop]()
+
+    async def begin() -> None:
+        loop.set_result(asyncio.get_running_loop())
+        await work
+
     with ThreadPoolExecutor(1) as other:
-        other.submit(asyncio.run, work).result()
+        running = other.submit(lambda: asyncio.run(begin()))
+        try:
+            running.result()
+        except KeyboardInterrupt:
+            with suppress(RuntimeError):  # the loop is closed: all has come
+                loop.result().call_soon_threadsafe(call.end, "interrupt")
+            running.result()
+            raise

@@ -19,7 +19,20 @@ from potstill.errors import TeacherError
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-__all__ = ["BatchState", "Item", "cancel", "collect", "poll", "split", "submit"]
+__all__ = [
+    "MOST_BYTES",
+    "MOST_REQUESTS",
+    "BatchState",
+    "Item",
+    "LostReply",
+    "cancel",
+    "collect",
+    "create",
+    "find",
+    "poll",
+    "split",
+    "upload",
+]
 
 Item = tuple[str, Mapping[str, Any]]
 """A name of the caller's and the body of a request."""
@@ -27,6 +40,15 @@ Item = tuple[str, Mapping[str, Any]]
 MOST_REQUESTS, MOST_BYTES = 50_000, 200_000_000
 _ATTEMPTS = 5
 _ENDED = ("completed", "failed", "expired", "cancelled")
+_NONCE = "potstill"
+_LOOKED_AT = 2000
+"""Of a provider's batches, the newest first."""
+_UNSURE = {408, 409, 499}
+"""Refusals after which a batch may have been made all the same."""
+
+
+class LostReply(TeacherError):
+    """Nobody knows whether a batch was started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +91,60 @@ def split(items: Iterable[Item]) -> Iterator[list[Item]]:
         yield part
 
 
-async def submit(endpoint: Endpoint, items: Iterable[Item]) -> str:
-    """Upload one part of `split` and start it; gives the batch's name.
-
-    Raises TeacherError where the provider has no batches, or refuses this one.
-    """
+async def upload(endpoint: Endpoint, items: Iterable[Item]) -> str:
+    """Upload one part of `split`; gives the file's name. Raises TeacherError where the provider takes no such files."""
     path = f"/v1{endpoint.path}"
     content = b"".join(_line(name, body, path) for name, body in items)
     async with _asking(endpoint) as client:
         file = await client.files.create(file=("batch.jsonl", content), purpose="batch")
-        create: Any = client.batches.create
-        batch = await create(input_file_id=file.id, endpoint=path, completion_window="24h")
-        return str(batch.id)
+        return str(file.id)
+
+
+async def create(endpoint: Endpoint, file_id: str, nonce: str) -> str:
+    """Start a batch of an uploaded file; gives its name. It is asked once: a second try could be a second batch.
+
+    Raises TeacherError where the provider refuses, LostReply where it may have started it: `find` it by its `nonce`.
+    """
+    import openai
+
+    try:
+        async with endpoint.unbounded() as client:
+            start: Any = client.batches.create
+            wanted = {"input_file_id": file_id, "endpoint": f"/v1{endpoint.path}", "metadata": {_NONCE: nonce}}
+            name = getattr(await start(**wanted, completion_window="24h"), "id", None)
+        problem = "no name in the reply"
+    except openai.APIStatusError as error:
+        if 400 <= error.status_code < 500 and error.status_code not in _UNSURE:
+            raise TeacherError(_explain(endpoint, error.status_code, error.response.content)) from None
+        name, problem = None, f"HTTP {error.status_code}"
+    except (openai.OpenAIError, ValueError) as error:
+        name, problem = None, type(error).__name__
+    if isinstance(name, str) and name:
+        return name
+    raise LostReply(
+        f"teacher.batch: {endpoint.base_url} did not say whether it started a batch ({problem}), and lists none. It "
+        "counts at its worst case. The same command asks again."
+    )
+
+
+async def find(endpoint: Endpoint, nonce: str) -> str | None:
+    """The batch that was started with `nonce`; None where the provider lists none. Raises TeacherError as `poll`."""
+    import openai
+
+    async with _asking(endpoint) as client:
+        looked_at = 0
+        try:
+            async for batch in client.batches.list(limit=100):
+                told: Any = batch.metadata
+                if isinstance(told, dict) and told.get(_NONCE) == nonce:
+                    return str(batch.id)
+                looked_at += 1
+                if looked_at == _LOOKED_AT:
+                    break
+        except openai.APIStatusError as error:
+            if error.status_code not in (404, 405, 501):
+                raise
+    return None
 
 
 async def poll(endpoint: Endpoint, batch_id: str) -> BatchState:

@@ -1,18 +1,34 @@
 """Asking through a provider's batch API: half the price, hours later, the same ledger and budget.
 
-The name of a batch is in the ledger before anything else is done, so that a later run goes on waiting for it. Refuses
-to ask an unusable answer of a batch again: it is quarantined at once.
+A batch is in the ledger before it is sent, so that a later run finds it, waits for it and collects it. Refuses to ask
+an unusable answer of a batch again: it is quarantined at once.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+import re
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 
 from potstill.engines.asking import Call, Job, Terms, unread
-from potstill.engines.batches import collect, poll, split, submit
-from potstill.engines.ledger import Ledger, Outcome, Spend
+from potstill.engines.batches import (
+    MOST_BYTES,
+    MOST_REQUESTS,
+    BatchState,
+    Item,
+    LostReply,
+    collect,
+    create,
+    find,
+    poll,
+    split,
+    upload,
+)
+from potstill.engines.ledger import Claim, Ledger, Outcome, Spend
+from potstill.engines.ledger_batches import explain_pending, nameless, nonce_of, owner_of
 from potstill.engines.openai import Endpoint
 from potstill.engines.replies import Allowance, Reply, judge
 from potstill.engines.spent import said_in, spend_of
@@ -21,25 +37,36 @@ from potstill.errors import TeacherError
 __all__ = ["BatchAsker"]
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 60.0
+_LIMIT_WAIT_S, _LONGEST_LIMIT_WAIT_S = 60.0, 900.0
+_LOOKS_S = (0.0, 2.0, 5.0)
+"""Waits before each look for a batch whose reply was lost: a list may be late."""
+_GROUP = 500
+"""Rows of the ledger that one commit changes."""
 _MISSING = (None, "reserved")
+_QUEUE_IS_FULL = re.compile(r"enqueued.{0,40}limit|token_limit_exceeded", re.IGNORECASE)
 
 
 class BatchAsker:
     """Asks one endpoint in batches for the answers that are missing."""
 
     def __init__(self, endpoint: Endpoint, ledger: Ledger, terms: Terms) -> None:
-        """Rounds of batches are sent until nothing is missing, `terms.attempts` at most."""
+        """Each request is in `terms.attempts` batches at most."""
         self._endpoint, self._ledger, self._terms = endpoint, ledger, terms
-        self._sent: set[bytes] = set()
+        self._tried: Counter[bytes] = Counter()
+        self._claimed: dict[str, tuple[Job, int]] = {}
+        self._held: list[Claim] = []
+        self._is_short = False
+        self._most, self._limit_wait_s = MOST_REQUESTS, 0.0
 
     async def ask(self, jobs: Callable[[], Iterable[Job]], call: Call) -> None:
         """Waits for batches of earlier runs, then asks what is missing. `jobs` gives all jobs anew each time."""
         watcher = asyncio.create_task(call.watch())
         try:
+            await self._adopt_all(call)
             await self._collect_all(call)
-            missing: Iterator[Job] = (job for job in unread(self._ledger, jobs(), call) if job is not None)
-            for _ in range(self._terms.attempts):
-                if call.ended.is_set() or not await self._submit_all(missing, call):
+            missing: Iterator[Job | None] = unread(self._ledger, jobs(), call)
+            while not call.ended.is_set():
+                if not await self._submit_all(missing, call) and not await self._may_wait(call):
                     break
                 await self._collect_all(call)
                 missing = self._still_missing(jobs())
@@ -47,69 +74,193 @@ class BatchAsker:
         finally:
             watcher.cancel()
 
-    async def _submit_all(self, jobs: Iterator[Job], call: Call) -> bool:
+    async def _may_wait(self, call: Call) -> bool:
+        """Nothing could be sent: whether that may change by itself."""
+        if self._is_short:
+            call.end("budget")
+            return False
+        own = self._ledger.open_batches(self._terms.run)
+        for claim in self._held:
+            if claim.batch and claim.batch not in own:
+                raise TeacherError(explain_pending(claim.batch))
+        await call.pause(_FIRST_WAIT_S if self._held else 0.0)
+        return bool(self._held)
+
+    async def _submit_all(self, jobs: Iterator[Job | None], call: Call) -> bool:
         """Sends what the budget holds; whether that was anything."""
-        attempts: dict[str, int] = {}
-        has_sent = False
-        for part in split(self._claimed(jobs, attempts, call)):
-            try:
-                batch = await submit(self._endpoint, part)
-            except TeacherError:
-                for name, _ in part:
-                    self._settle(attempts[name], Outcome("reserved", self._nothing(), "refused"), call)
-                raise
-            self._ledger.record_batch(batch, self._terms.run, [attempts.pop(name) for name, _ in part])
-            self._sent.update(bytes.fromhex(name) for name, _ in part)
-            has_sent = True
+        self._held, self._is_short, has_sent = [], False, False
+        try:
+            while not call.ended.is_set() and await self._claim_some(jobs, call):
+                items = [(name, job.body) for name, (job, _) in self._claimed.items()]
+                for part in split(items):
+                    if not call.ended.is_set():
+                        await self._submit(part, call)
+                        has_sent = True
+            # Of the rest the answers that are there are read.
+            while self._is_short and not call.ended.is_set() and list(islice(jobs, _GROUP)):
+                await asyncio.sleep(0)
+        finally:
+            unsent = [attempt for _, attempt in self._claimed.values()]
+            self._claimed.clear()
+            self._release(unsent, "not_sent", call)
         return has_sent
 
-    def _claimed(
-        self, jobs: Iterator[Job], attempts: dict[str, int], call: Call
-    ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        is_first = True
-        for job in jobs:
-            claim = self._ledger.claim(job.asked, job.worst, self._terms.budget).result()
-            if claim.verdict == "budget":
-                # What the batches that are on their way leave over is asked in the next round.
-                if is_first:
-                    call.end("budget")
-                return
-            if claim.verdict == "send":
-                is_first = False
-                name = job.asked.key.hex()
-                attempts[name] = claim.attempt
-                yield name, job.body
+    async def _claim_some(self, jobs: Iterator[Job | None], call: Call) -> bool:
+        """Sets aside what one batch holds, at most; whether that is anything."""
+        size = 0
+        while not (call.ended.is_set() or self._is_short or size >= MOST_BYTES):
+            some = list(islice(jobs, min(_GROUP, self._most - len(self._claimed))))
+            if not some:
+                break
+            wanted = [job for job in some if job is not None]
+            futures = [self._ledger.claim(job.asked, job.worst, self._terms.budget) for job in wanted]
+            await asyncio.sleep(0)
+            claims = await asyncio.gather(*map(asyncio.wrap_future, futures))
+            for job, claim in zip(wanted, claims, strict=True):
+                self._note(job, claim, call)
+                size += len(job.asked.body)
+        return bool(self._claimed)
 
-    def _still_missing(self, jobs: Iterable[Job]) -> Iterator[Job]:
+    def _note(self, job: Job, claim: Claim, call: Call) -> None:
+        if claim.verdict == "send":
+            self._claimed[job.asked.key.hex()] = (job, claim.attempt)
+        elif claim.verdict == "known":
+            call.read(job)
+        elif claim.verdict == "budget":
+            # What the batches that are on their way leave over is asked in the next round.
+            self._is_short = True
+        elif len(self._held) < _GROUP:
+            self._held.append(claim)
+
+    async def _submit(self, part: Sequence[Item], call: Call) -> None:
+        """Sends one batch, which the ledger knows before it is started."""
+        file = await upload(self._endpoint, part)
+        attempts = [self._claimed[name][1] for name, _ in part]
+        nonce = uuid.uuid4().hex
+        before = nameless(self._ledger.owner, nonce)
+        self._ledger.record_batch(before, self._terms.run, attempts)
+        for name, _ in part:
+            self._tried[self._claimed.pop(name)[0].asked.key] += 1
+        try:
+            batch = await create(self._endpoint, file, nonce)
+        except LostReply:
+            if not await self._adopt(before, attempts, call):
+                raise
+        except TeacherError:
+            self._release(attempts, "refused", call)
+            self._ledger.finish_batch(before)
+            raise
+        else:
+            self._ledger.name_batch(before, batch)
+
+    async def _adopt_all(self, call: Call) -> None:
+        """Batches whose name nobody noted: the reply was lost, or whoever sent them ended."""
+        for batch, attempts in self._ledger.open_batches(self._terms.run).items():
+            owner = owner_of(batch)
+            if owner and not self._ledger.is_elsewhere(owner):
+                await self._adopt(batch, list(attempts.values()), call)
+
+    async def _adopt(self, before: str, attempts: Sequence[int], call: Call) -> bool:
+        """Whether the provider has a batch that was sent; where it has none nobody knows what it cost."""
+        for wait_s in _LOOKS_S:
+            await call.pause(wait_s)
+            batch = await find(self._endpoint, nonce_of(before))
+            if batch is not None:
+                self._ledger.name_batch(before, batch)
+                return True
+        worst = [(attempt, Outcome("reserved", self._ledger.set_aside(attempt), "lost")) for attempt in attempts]
+        self._settle(worst, call)
+        self._ledger.finish_batch(before)
+        return False
+
+    def _still_missing(self, jobs: Iterable[Job]) -> Iterator[Job | None]:
+        """Those that may be sent once more; None for every other, so that the loop may breathe."""
         seen: set[bytes] = set()
         for job in jobs:
             key = job.asked.key
-            if key not in seen and self._ledger.states([key]).get(key) in _MISSING:
-                seen.add(key)
-                yield job
+            is_over = key in seen or self._tried[key] >= self._terms.attempts
+            seen.add(key)
+            yield None if is_over or self._ledger.states([key]).get(key) not in _MISSING else job
 
     async def _collect_all(self, call: Call) -> None:
         """Waits for all batches of the run, and settles what they bring; earlier where somebody says stop."""
-        for batch, attempts in self._ledger.open_batches(self._terms.run).items():
-            wait_s = _FIRST_WAIT_S
-            while not (state := await poll(self._endpoint, batch)).done:
-                await call.pause(wait_s)
-                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
-                if call.ended.is_set():
-                    return
-            left = dict(attempts)
-            async for name, status, raw in collect(self._endpoint, batch):
-                attempt = left.pop(bytes.fromhex(name), None)
-                if attempt is not None:
-                    self._settle(attempt, self._outcome(attempt, status, raw), call)
-            for attempt in left.values():
-                # Providers bill what they answered, and nothing of what a batch never came to.
-                self._settle(attempt, Outcome("reserved", self._nothing(), state.status), call)
-            self._ledger.finish_batch(batch)
+        waiting = {
+            batch: attempts
+            for batch, attempts in self._ledger.open_batches(self._terms.run).items()
+            if not owner_of(batch)
+        }
+        limited = []
+        for batch, attempts in waiting.items():
+            state = await self._wait(batch, call)
+            if state is None or not await self._collect(batch, state, attempts, call):
+                return
+            if state.status == "failed":
+                self._check_failure(batch, state)
+                limited.append(attempts)
+        await self._wait_for_room(limited, len(waiting), call)
 
-    def _settle(self, attempt: int, outcome: Outcome, call: Call) -> None:
-        self._ledger.settle(attempt, outcome).result()
-        call.count.spend(outcome.spent)
+    async def _wait(self, batch: str, call: Call) -> BatchState | None:
+        """What the batch came to; None where somebody says stop before."""
+        wait_s = _FIRST_WAIT_S
+        while not (state := await poll(self._endpoint, batch)).done:
+            await call.pause(wait_s)
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+            if call.ended.is_set():
+                return None
+        return state
+
+    async def _collect(self, batch: str, state: BatchState, attempts: Mapping[bytes, int], call: Call) -> bool:
+        """Settles what a batch brought; whether all of it."""
+        left = {key.hex(): attempt for key, attempt in attempts.items()}
+        group: list[tuple[int, Outcome]] = []
+        async for name, status, raw in collect(self._endpoint, batch):
+            attempt = left.pop(name, None)
+            if attempt is not None:
+                group.append((attempt, self._outcome(attempt, status, raw)))
+            if len(group) == _GROUP:
+                self._settle(group, call)
+                group = []
+                await asyncio.sleep(0)
+                if call.ended.is_set():
+                    return False
+        self._settle(group, call)
+        # Providers bill what they answered, and nothing of what a batch never came to.
+        self._release(list(left.values()), state.status, call)
+        self._ledger.finish_batch(batch)
+        return True
+
+    def _check_failure(self, batch: str, state: BatchState) -> None:
+        """Raises TeacherError where a batch would fail again."""
+        if not _QUEUE_IS_FULL.search(state.problem):
+            raise TeacherError(
+                f"teacher.batch: {self._endpoint.base_url} failed batch {batch} ({state.problem or 'without a reason'})"
+                ". Nothing of it was asked: mend what it says, or set teacher.batch: false."
+            )
+
+    async def _wait_for_room(self, limited: Sequence[Mapping[bytes, int]], batches: int, call: Call) -> None:
+        """Providers limit what may wait in all batches: later there is room again, but not for a batch that is larger
+        than the limit.
+        """
+        if not limited:
+            self._limit_wait_s = 0.0
+            return
+        for attempts in limited:
+            self._tried.subtract({key: 1 for key in attempts if self._tried[key]})
+        if len(limited) == batches:
+            self._most = max(1, max(map(len, limited)) // 2)
+        self._limit_wait_s = min(max(2 * self._limit_wait_s, _LIMIT_WAIT_S), _LONGEST_LIMIT_WAIT_S)
+        await call.pause(self._limit_wait_s)
+
+    def _settle(self, group: Sequence[tuple[int, Outcome]], call: Call) -> None:
+        """One commit for many."""
+        futures = [self._ledger.settle(attempt, outcome) for attempt, outcome in group]
+        for future, (_, outcome) in zip(futures, group, strict=True):
+            future.result()
+            call.count.spend(outcome.spent)
+
+    def _release(self, attempts: Sequence[int], reason: str, call: Call) -> None:
+        """These attempts cost nothing, and may be made again."""
+        self._settle([(attempt, Outcome("reserved", self._nothing(), reason)) for attempt in attempts], call)
 
     def _outcome(self, attempt: int, status: int, raw: bytes) -> Outcome:
         if status == 200:
@@ -127,6 +278,6 @@ class BatchAsker:
         """How the requests ended that were sent in this call."""
         for job in jobs:
             key = job.asked.key
-            if key in self._sent:
-                self._sent.discard(key)
+            if key in self._tried:
+                del self._tried[key]
                 call.conclude(job, self._ledger.read(key))

@@ -26,7 +26,8 @@ from typing import Any, Literal
 
 import psutil  # type: ignore[import-untyped]
 
-from potstill.engines.ledger_file import connect, translated
+from potstill.engines.ledger_batches import find_batch, name_batch, record_batch
+from potstill.engines.ledger_file import connect, translated, whole
 from potstill.errors import StoreError
 from potstill.types import Usage
 
@@ -87,10 +88,12 @@ class Claim:
 
     verdict  `send`; `known`, an answer is there; `busy`, another process is asking it; `budget`, it does not fit
     attempt  number for `settle` if it may be sent, else 0
+    batch    that has the request and was not collected, where that is why it is busy
     """
 
     verdict: Literal["send", "known", "busy", "budget"]
     attempt: int = 0
+    batch: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +126,10 @@ class Record:
     attempts: int
 
 
-def request_key(model: str, api: str, body: str, sample: int) -> bytes:
-    """16 bytes: blake2b of the canonical JSON of what is asked and the sample's number. `body` is JSON."""
-    text = json.dumps([model, api, json.loads(body), sample], sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+def request_key(model: str, api: str, body: str, sample: int, *, place: str = "here") -> bytes:
+    """16 bytes: blake2b of the canonical JSON of who is asked where, what, and the sample's number. `body` is JSON."""
+    asked = [model, api, json.loads(body), sample, place]
+    text = json.dumps(asked, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
@@ -178,6 +182,11 @@ class Ledger:
         """Prices what `run` spent while nobody knew the price; `cost` takes tokens in and out, gives 1e-12 dollars."""
         self._submit(lambda db: _price_unpriced(db, run, cost)).result()
 
+    def note_user(self, asked: Asked) -> None:
+        """A request is asked for `asked.user` too, whoever asked it first: forgetting that user forgets it."""
+        if asked.user:
+            self._submit(lambda db: _note_user(db, asked))
+
     def record_use(self, keys: Iterable[bytes], run_folder: str | Path, stage: str) -> None:
         """A data set or student in `run_folder` was made of these answers."""
         rows = [(key, str(run_folder), stage) for key in keys]
@@ -185,7 +194,15 @@ class Ledger:
 
     def record_batch(self, batch: str, run: str, attempts: Sequence[int]) -> None:
         """The provider works on these attempts, under that name."""
-        self._submit(lambda db: _record_batch(db, (batch, run), attempts)).result()
+        self._submit(lambda db: record_batch(db, (batch, run), attempts)).result()
+
+    def name_batch(self, before: str, batch: str) -> None:
+        """The provider has told how it calls a batch."""
+        self._submit(lambda db: name_batch(db, before, batch)).result()
+
+    def is_elsewhere(self, owner: str) -> bool:
+        """Whether `owner` is another that is still there."""
+        return owner != self.owner and _is_alive(owner)
 
     def finish_batch(self, batch: str) -> None:
         """All that a batch brought is settled."""
@@ -259,17 +276,20 @@ class Ledger:
             self._commit([entry for entry in group if entry is not None])
 
     def _commit(self, group: Sequence[tuple[Callable[[sqlite3.Connection], Any], Future[Any]]]) -> None:
-        try:
+        waiting = [future for _, future in group if future.set_running_or_notify_cancel()]
+
+        def tell(_kind: object, error: BaseException | None, _trace: object) -> bool:
+            for future in waiting if error is not None else ():
+                future.set_exception(error)
+            return True
+
+        with contextlib.ExitStack() as stack:
+            stack.push(tell)  # whatever it is: a thread that dies silently lets all others wait for ever
             with translated(self.path), self._writer:
                 self._writer.execute("BEGIN IMMEDIATE")
-                results = [change(self._writer) for change, _ in group]
-        except (StoreError, OverflowError) as error:
-            for _, future in group:
-                future.set_exception(error)
-            return
-        for (_, future), result in zip(group, results, strict=True):
-            if future.set_running_or_notify_cancel():
-                future.set_result(result)
+                results = {future: change(self._writer) for change, future in group}
+            for future in waiting:
+                future.set_result(results[future])
 
 
 def _claim(db: sqlite3.Connection, owner: str, wanted: tuple[Asked, Spend, Budget]) -> Claim:
@@ -277,16 +297,19 @@ def _claim(db: sqlite3.Connection, owner: str, wanted: tuple[Asked, Spend, Budge
     row = db.execute("SELECT state, owner FROM requests WHERE key = ?", (asked.key,)).fetchone()
     if row and row[0] in ("answered", "quarantined"):
         return Claim("known")
+    if row and (batch := find_batch(db, asked.key)):
+        return Claim("busy", batch=batch)
     if row and row[1] not in (None, owner) and _is_alive(row[1]):
         return Claim("busy")
     if not _set_aside(db, asked.run, worst, budget):
         return Claim("budget")
     now = time.time()
+    _note_user(db, asked)
     db.execute(
         "INSERT INTO requests (key, body, model, base_url, run, user, sample, state, owner, attempts, created_at) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, 'reserved', ?, 1, ?) ON CONFLICT (key) DO UPDATE SET run = excluded.run, "
         "base_url = excluded.base_url, state = 'reserved', owner = excluded.owner, attempts = attempts + 1",
-        (asked.key, asked.body, asked.model, asked.base_url, asked.run, asked.user, asked.sample, owner, now),
+        (asked.key, asked.body, asked.model, asked.base_url, asked.run, whole(asked.user), asked.sample, owner, now),
     )
     cursor = db.execute(
         "INSERT INTO attempts (key, run, model, started_at, input_tokens, output_tokens, picousd) "
@@ -294,6 +317,11 @@ def _claim(db: sqlite3.Connection, owner: str, wanted: tuple[Asked, Spend, Budge
         (asked.key, asked.run, asked.model, now, worst.input_tokens, worst.output_tokens, worst.picousd),
     )
     return Claim("send", cursor.lastrowid or 0)
+
+
+def _note_user(db: sqlite3.Connection, asked: Asked) -> None:
+    if asked.user:
+        db.execute("INSERT OR IGNORE INTO users VALUES (?, ?)", (asked.key, whole(asked.user)))
 
 
 def _set_aside(db: sqlite3.Connection, run: str, worst: Spend, budget: Budget) -> bool:
@@ -325,9 +353,9 @@ def _settle(db: sqlite3.Connection, attempt: int, outcome: Outcome) -> None:
     raw = None if outcome.raw is None else zlib.compress(outcome.raw, 1)
     usage = json.dumps(asdict(outcome.usage)) if outcome.usage else None
     db.execute(
-        "UPDATE requests SET state = ?, owner = NULL, reason = ?, raw = ?, served = ?, usage = ?, answered_at = ? "
-        "WHERE key = ? AND state IN ('reserved', 'given_up')",
-        (outcome.state, outcome.reason, raw, outcome.served, usage, now if raw else None, key),
+        "UPDATE requests SET state = ?, owner = NULL, reason = ?, raw = coalesce(?, raw), served = ?, usage = ?, "
+        "answered_at = coalesce(?, answered_at) WHERE key = ? AND state IN ('reserved', 'given_up')",
+        (outcome.state, outcome.reason, raw, whole(outcome.served), usage, now if raw else None, key),
     )
 
 
@@ -342,11 +370,6 @@ def _price_unpriced(db: sqlite3.Connection, run: str, cost: Callable[[int, int],
     db.executemany("UPDATE attempts SET picousd = ? WHERE number = ?", costs)
     total = sum(picousd for picousd, _ in costs)
     db.execute("UPDATE spending SET picousd = picousd + ? WHERE run = ?", (total, run))
-
-
-def _record_batch(db: sqlite3.Connection, batch: tuple[str, str], attempts: Sequence[int]) -> None:
-    db.execute("INSERT INTO batches VALUES (?, ?, ?, 0)", (*batch, time.time()))
-    db.executemany("INSERT INTO batch_items VALUES (?, ?)", ((attempt, batch[0]) for attempt in attempts))
 
 
 def _is_alive(owner: str) -> bool:

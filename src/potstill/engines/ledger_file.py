@@ -13,7 +13,7 @@ from pathlib import Path
 
 from potstill.errors import StoreError
 
-__all__ = ["SCHEMA_VERSION", "connect", "translated"]
+__all__ = ["SCHEMA_VERSION", "connect", "translated", "whole"]
 
 SCHEMA_VERSION = 1
 _APPLICATION = 0x706F7473
@@ -63,6 +63,12 @@ CREATE TABLE uses (key BLOB NOT NULL, run_folder TEXT NOT NULL, stage TEXT NOT N
     PRIMARY KEY (key, run_folder, stage)) WITHOUT ROWID;
 """
 
+_USERS = """
+CREATE TABLE IF NOT EXISTS users (key BLOB NOT NULL, user TEXT NOT NULL, PRIMARY KEY (key, user)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS keys_by_user ON users (user)
+"""
+"""Whose data a request is: it may be asked for several. Ledgers of before know one user a request."""
+
 
 def connect(path: Path, *, create: bool = True) -> sqlite3.Connection:
     """A connection to the ledger at `path`, made with mode 0600 where it is not there and `create`.
@@ -77,6 +83,11 @@ def connect(path: Path, *, create: bool = True) -> sqlite3.Connection:
         _prepare(connection, path)
         unless_ready.pop_all()
     return connection
+
+
+def whole(text: str) -> str:
+    """The text with a question mark for each half of a surrogate pair, which no file takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 @contextmanager
@@ -122,6 +133,8 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
             f"teacher.ledger: {path} has schema {version}, this potstill reads {SCHEMA_VERSION}. Use the potstill that "
             "wrote it, or choose another file."
         )
+    for statement in _USERS.split(";\n"):
+        connection.execute(statement)
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA secure_delete = ON")
 

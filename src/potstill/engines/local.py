@@ -6,7 +6,10 @@ Refuses a model without telling which recipe key asked for it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from ssl import SSLError
 from typing import Any
@@ -19,12 +22,14 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, S
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from potstill.data.chat_template import UNFIT, open_template
 from potstill.engines.causal import CausalReader, probe
-from potstill.errors import ModelError
-from potstill.types import Batch, Offer, Sampling, Signal, Wants
+from potstill.errors import DataError, ModelError
+from potstill.types import Batch, Completion, Offer, Sampling, Signal, Wants
 
 __all__ = [
     "DTYPES",
+    "NO_ROOM",
     "LocalEngine",
     "find_folder",
     "load_config",
@@ -35,6 +40,9 @@ __all__ = [
 ]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+NO_ROOM = "no room"
+"""How the answer to a prompt finished that fills the model's positions alone."""
 
 
 def pick_device(device: str, key: str) -> torch.device:
@@ -122,34 +130,85 @@ class LocalEngine:
         An empty prompt starts at the tokenizer's begin token (or end token, where texts begin with that). A prompt that
         leaves too little room for its completion keeps its end. Raises ModelError for an empty prompt without either.
         """
-        encoded = [self._encode(prompt, sampling.max_new_tokens) for prompt in prompts]
-        completions: list[str] = []
-        own = self.model.generation_config
-        self.model.generation_config = self._special_tokens(own)
-        try:
-            for start in range(0, len(encoded), 16):
-                completions += self._generate_batch(encoded[start : start + 16], sampling)
-        finally:
-            self.model.generation_config = own
-        return completions
-
-    def _encode(self, prompt: str, new_tokens: int) -> list[int]:
-        ids: list[int] = self.tokenizer(prompt)["input_ids"]
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        encoded = [self._encode(prompt) for prompt in prompts]
+        longest = self._positions()
         if longest is not None:
-            ids = ids[-max(1, longest - new_tokens) :]
+            encoded = [ids[-max(1, longest - sampling.max_new_tokens) :] for ids in encoded]
+        with self._own_settings_aside():
+            return [answer.text for answer in self._complete(encoded, sampling)]
+
+    @torch.inference_mode()
+    def answer(self, prompts: Sequence[str], sampling: Sampling) -> list[Completion]:
+        """As `generate`, each prompt whole, with how its answer finished: `stop`, `length`, or NO_ROOM and no text.
+
+        A prompt that leaves less than `max_new_tokens` of the model's positions is answered in what room it leaves; of
+        this, less than a sixteenth is not used, so that prompts of like length are answered together.
+        """
+        encoded = [self._encode(prompt) for prompt in prompts]
+        limits = [self._room(len(ids), sampling.max_new_tokens) for ids in encoded]
+        answers = [Completion("", finish=NO_ROOM)] * len(encoded)
+        numbers = sorted((number for number, limit in enumerate(limits) if limit > 0), key=lambda one: -limits[one])
+        with self._own_settings_aside():
+            for limit, alike in groupby(numbers, lambda number: limits[number]):
+                least = min(limit, sampling.min_new_tokens)
+                asked, limited = list(alike), replace(sampling, max_new_tokens=limit, min_new_tokens=least)
+                for number, said in zip(asked, self._complete([encoded[one] for one in asked], limited), strict=True):
+                    answers[number] = said
+        return answers
+
+    def _encode(self, prompt: str) -> list[int]:
+        ids: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"]
         first = [i for i in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if i is not None]
         if not ids and not first:
             raise ModelError("generate: an empty prompt needs a begin token, the tokenizer has none. Give some words.")
         return ids or first[:1]
 
-    def _special_tokens(self, own: Any) -> GenerationConfig:
-        """The model's token numbers, without its publisher's taste in sampling."""
-        eos = self.tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
-        pad = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
-        return GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=eos, pad_token_id=pad or 0)
+    def _positions(self) -> int | None:
+        """So many tokens the model can read; None where there is no such number."""
+        longest: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return longest
 
-    def _generate_batch(self, encoded: list[list[int]], sampling: Sampling) -> list[str]:
+    def _room(self, tokens: int, wanted: int) -> int:
+        """New tokens after so many: `wanted`, or what is left, of which the five leading bits count."""
+        longest = self._positions()
+        if longest is None or wanted <= longest - tokens:
+            return wanted
+        room = max(0, longest - tokens)
+        step = 1 << max(0, room.bit_length() - 5)
+        return room // step * step
+
+    @contextmanager
+    def _own_settings_aside(self) -> Iterator[None]:
+        own = self.model.generation_config
+        self.model.generation_config = self._special_tokens(own)
+        try:
+            yield
+        finally:
+            self.model.generation_config = own
+
+    def _special_tokens(self, own: Any) -> GenerationConfig:
+        """The model's token numbers, and what a chat's turn ends with, without its publisher's taste in sampling."""
+        eos = self.tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
+        ends = {*([] if eos is None else eos if isinstance(eos, list) else [eos]), *self._turn_ends()}
+        pad = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        return GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=sorted(ends) or None, pad_token_id=pad or 0)
+
+    def _turn_ends(self) -> list[int]:
+        """The token that the chat template ends a turn with, where it does; a base model's own may be another."""
+        if not self.tokenizer.chat_template:
+            return []
+        try:
+            template = open_template(self.tokenizer)
+        except (DataError, *UNFIT):  # no template for conversations: nothing was learned from any
+            return []
+        found = template.added.search(template.tail or "")
+        return [self.tokenizer.convert_tokens_to_ids(found.group())] if found else []
+
+    def _complete(self, encoded: Sequence[list[int]], sampling: Sampling) -> list[Completion]:
+        starts = range(0, len(encoded), 16)
+        return [said for start in starts for said in self._complete_batch(encoded[start : start + 16], sampling)]
+
+    def _complete_batch(self, encoded: Sequence[list[int]], sampling: Sampling) -> list[Completion]:
         pad = self.model.generation_config.pad_token_id
         longest = max(len(ids) for ids in encoded)
         ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in encoded], device=self.model.device)
@@ -162,8 +221,14 @@ class LocalEngine:
             min_new_tokens=sampling.min_new_tokens,
             **(drawn if sampling.temperature > 0 else {"do_sample": False}),
         )
-        texts = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-        return [str(text) for text in texts]
+        return [self._completion(said) for said in output[:, longest:].tolist()]
+
+    def _completion(self, said: list[int]) -> Completion:
+        """The words before the first token that ends them; what follows that is padding."""
+        ends = self.model.generation_config.eos_token_id or ()
+        length = next((number for number, token in enumerate(said) if token in ends), None)
+        text = str(self.tokenizer.decode(said[:length], skip_special_tokens=True))
+        return Completion(text, finish="length" if length is None else "stop")
 
 
 def load_part(loader: Any, model: str, key: str, **options: Any) -> Any:

@@ -7,6 +7,7 @@ choices, schemas and log-probabilities.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from potstill.engines.answers import Answers
-from potstill.engines.asking import KNOWN, Stopping
+from potstill.engines.asking import BUSY_S, KNOWN, Stopping
 from potstill.engines.completions import BadAnswer, Reading, read_completion
 from potstill.engines.ledger import Asked, Budget, Ledger, Outcome, State, request_key
 from potstill.engines.prices import FREE
@@ -58,11 +59,12 @@ class LocalAuthor:
         count, seen = TallyCounter(len(requests)), set[bytes]()
         try:
             for together in _alike(requests):
-                if self._stopping is not None and self._stopping.asked():
-                    count.stopped_by = "interrupt"
-                    raise Interrupted("stopped; what was answered is kept, and the same command continues.")
+                self._refuse_if_stopped()
                 self._answer([self._asked(request) for request in together], together, (count, seen))
                 self._advance(len(together))
+        except Interrupted:
+            count.stopped_by = "interrupt"
+            raise
         finally:
             self.tally = count.tally()
         return Answers(requests, self._find, _parse).as_sequence()
@@ -75,10 +77,16 @@ class LocalAuthor:
         """Keep in the ledger that this stage of this run reads the answers, so that forgetting one can name it."""
         self._ledger.record_use(map(self.key_of, requests), run_folder, stage)
 
+    def _refuse_if_stopped(self) -> None:
+        if self._stopping is not None and self._stopping.asked():
+            raise Interrupted("stopped; what was answered is kept, and the same command continues.")
+
     def _answer(
         self, asked: Sequence[Asked], requests: Sequence[Request], so_far: tuple[TallyCounter, set[bytes]]
     ) -> None:
         count, seen = so_far
+        for one in asked:
+            self._ledger.note_user(one)
         fresh = {one.key: number for number, one in enumerate(asked) if one.key not in seen}
         count.repeated += len(asked) - len(fresh)
         seen.update(fresh)
@@ -106,7 +114,9 @@ class LocalAuthor:
         raw = _as_answer(self._name, text, usage, is_cut=tokens_out >= request.max_tokens)
         reason = _problem_of(raw, request)
         state: State = "quarantined" if reason else "answered"
-        claim = self._ledger.claim(asked, FREE.spend(usage), Budget()).result()
+        while (claim := self._ledger.claim(asked, FREE.spend(usage), Budget()).result()).verdict == "busy":
+            self._refuse_if_stopped()  # another process writes the same answer, and has it in a moment
+            time.sleep(BUSY_S)
         if claim.verdict == "send":
             outcome = Outcome(state, FREE.spend(usage), reason, raw=raw, served=self._name, usage=usage)
             self._ledger.settle(claim.attempt, outcome).result()
@@ -133,8 +143,7 @@ class LocalAuthor:
                 "max_tokens": request.max_tokens,
                 "temperature": request.temperature,
                 "top_p": request.top_p,
-            },
-            ensure_ascii=False,
+            }
         )
         key = request_key(self._name, "local", body, request.sample)
         return Asked(key, body, self._name, "local", self._run, user=request.user, sample=request.sample)

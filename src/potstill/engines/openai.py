@@ -26,7 +26,7 @@ from potstill.engines.replies import (
     read_allowance,
     reason_of,
 )
-from potstill.engines.transport import Refused, connect, is_azure, is_openai
+from potstill.engines.transport import Refused, connect, find_proxy, is_azure, is_openai
 from potstill.errors import TeacherError
 from potstill.types.request import Completion, Request
 
@@ -55,6 +55,8 @@ MOST_BYTES = 10_000_000
 """Of one answer: more than any model writes. Log-probabilities of long texts take more."""
 _LEAST_SECRET = 12
 """Characters of a key. What servers without keys are given (`EMPTY`, `none`) is shorter, and may stand in an answer."""
+_LEAST_PASSWORD = 4
+"""Characters of a proxy's password: it may be short, and is blacked out of what is no answer."""
 
 
 class Endpoint:
@@ -81,7 +83,9 @@ class Endpoint:
         self._key = None if key is None else _clean(key)
         # An Azure deployment bears a name of the user's, and answers under that of its model.
         self._reading = Reading(None if is_azure(base_url) else model, reasoning)
-        self._is_openai = is_openai(base_url)
+        self._is_openai, self._is_vllm = is_openai(base_url), False
+        proxy = find_proxy(base_url)
+        self._passwords = () if proxy is None else proxy.secrets
         self._client: AsyncOpenAI | None = None
 
     def __repr__(self) -> str:
@@ -96,7 +100,8 @@ class Endpoint:
         """The HTTP body, the same for the same request; neither `sample` nor `user` is in it, and no seed.
 
         A chat's `choices` become a JSON Schema {"label": one of them}, which OpenAI, vLLM, SGLang, llama.cpp and
-        LiteLLM take alike; a plain prompt's become vLLM's `structured_outputs`. Raises ValueError where the request is
+        LiteLLM take alike; a plain prompt's become vLLM's `structured_outputs`, as a chat's do when they are sent to
+        vLLM. Raises ValueError where the request is
         of the other api, or has both choices and a schema.
         """
         if (request.messages is not None) != (self.api == "chat"):
@@ -142,7 +147,8 @@ class Endpoint:
 
         Raises ValueError for a body that is not JSON, NaN included.
         """
-        content = json.dumps(body, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
+        sent = _without_json(body) if self._is_vllm else body
+        content = json.dumps(sent, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
         options: Any = {"headers": {"Content-Type": "application/json"}}
         return await self._exchange(
             lambda client, cast_to: client.post(self.path, cast_to=cast_to, content=content, options=options)
@@ -167,7 +173,8 @@ class Endpoint:
             problem = refused.problem
         except (aiohttp.ClientError, OSError) as error:
             status, content, said, problem = 0, str(error).encode("utf-8", "replace"), Allowance(), "connection"
-        return Reply(status, self.without_key(content), said, problem, time.monotonic() - started)
+        content = self.without_key(content) if problem else self._without_secrets(content, _LEAST_SECRET)
+        return Reply(status, content, said, problem, time.monotonic() - started)
 
     async def _answer(self, ask: Ask) -> tuple[int, bytes, Allowance]:
         import httpx2
@@ -187,9 +194,17 @@ class Endpoint:
         return self._client
 
     def without_key(self, raw: bytes) -> bytes:
-        """The same with the key blacked out: servers repeat keys in what they say of them."""
+        """What is no answer, with the key and a proxy's password blacked out: servers repeat what they refuse."""
+        return self._without_secrets(raw, _LEAST_PASSWORD)
+
+    def _without_secrets(self, raw: bytes, shortest: int) -> bytes:
         key = self._key or ""
-        return raw.replace(key.encode(), b"[key]") if len(key) >= _LEAST_SECRET else raw
+        if len(key) >= _LEAST_SECRET:
+            raw = raw.replace(key.encode(), b"[key]")
+        for password in self._passwords:
+            if len(password) >= shortest:
+                raw = raw.replace(password.encode(), b"[password]")
+        return raw
 
     def unbounded(self) -> AsyncOpenAI:
         """A client of its own for files, which are streamed and of any length. To be closed by whoever asks for it."""
@@ -203,7 +218,9 @@ class Endpoint:
         """Which models are served. Raises TeacherError, in one line that names the key of the recipe, where none can be
         asked: nobody answers, the key is refused, the model is not served. Nothing that costs is asked.
         """
-        return await look_around(self)
+        served = await look_around(self)
+        self._is_vllm = served.is_vllm
+        return served
 
     def refusal(self, reply: Reply) -> str:
         """Why the run stops, for a reply that is judged `stop`: one line."""
@@ -259,3 +276,13 @@ def _chat_form(request: Request) -> dict[str, Any]:
 
 def _plain_form(request: Request) -> dict[str, Any]:
     return {"structured_outputs": {"choice": list(request.choices)} if request.choices else {"json": request.schema}}
+
+
+def _without_json(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same choices as vLLM takes them without JSON, in which a model may write white space without end."""
+    match body:
+        case {"response_format": {"json_schema": {"schema": {"properties": {"label": {"enum": choices}}} as schema}}}:
+            if len(schema["properties"]) == 1:
+                rest = {name: value for name, value in body.items() if name != "response_format"}
+                return rest | {"structured_outputs": {"choice": choices}}
+    return body

@@ -6,6 +6,7 @@ Refuses to send a request that an endpoint could answer. Every complaint is one 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -20,14 +21,22 @@ from potstill.errors import TeacherError
 __all__ = ["Served", "explain_stop", "look_around"]
 
 _SHOWN = 8
-_NO_LIST = frozenset({404, 405, 501})
+_NO_PATH = frozenset({404, 405, 501})
+_NO_LIST = _NO_PATH | {401, 403}
+"""Keys may be good for asking, and not for the list of models."""
+_UNKNOWN_MODEL = re.compile(
+    r"model_not_found|(invalid|unknown|no such|unable to access|not a valid) model|"
+    r"model.{0,200}?(not found|not exist|not (a )?valid|n't exist|not available|not supported)",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """Names of the models that an endpoint lists; empty where it lists none."""
+    """Names of the models that an endpoint lists; empty where it lists none. `is_vllm`: it says that vLLM serves."""
 
     models: tuple[str, ...] = ()
+    is_vllm: bool = False
 
 
 class Asked(Protocol):
@@ -54,15 +63,18 @@ class Asked(Protocol):
 async def look_around(endpoint: Asked) -> Served:
     """The models that are served. Raises TeacherError where the endpoint cannot be used."""
     reply = await endpoint.get("/models")
-    names = _names(reply)
-    if names:
-        if not is_azure(endpoint.base_url) and not any(_is_called(endpoint.model, name) for name in names):
-            raise TeacherError(_not_served(endpoint, names))
-        return Served(names)
+    served = _served(reply)
+    is_listed = is_azure(endpoint.base_url) or any(_is_called(endpoint.model, name) for name in served.models)
+    if served.models and is_listed:
+        return served
+    if served.is_vllm:  # it looks at a model's name last, and lists all that it has
+        raise TeacherError(_not_served(endpoint, served.models))
     if reply.status in _NO_LIST or not reply.problem:
         # No question is in it, so that nothing is answered or paid; but a wrong address or key shows itself.
         reply = await endpoint.send({"model": endpoint.model})
-        if reply.status in _NO_LIST or not reply.problem:
+        if served.models and _is_unknown_model(reply):
+            raise TeacherError(_not_served(endpoint, served.models))
+        if reply.status in _NO_PATH or not reply.problem:
             raise TeacherError(explain_stop(endpoint, reply))
     if reply.status == 0 or (reply.status in (502, 503, 504) and judge(reply) == "retry"):
         raise TeacherError(
@@ -71,7 +83,7 @@ async def look_around(endpoint: Asked) -> Served:
         )
     if judge(reply) == "stop":
         raise TeacherError(explain_stop(endpoint, reply))
-    return Served()
+    return served
 
 
 def explain_stop(endpoint: Asked, reply: Reply) -> str:
@@ -94,19 +106,32 @@ def explain_stop(endpoint: Asked, reply: Reply) -> str:
     return f"teacher.base_url: {where} has no {endpoint.path} ({what}). {hint}; mend the address, or set teacher.api."
 
 
-def _names(reply: Reply) -> tuple[str, ...]:
+def _served(reply: Reply) -> Served:
     if reply.problem:
-        return ()
+        return Served()
     try:
         listed = json.loads(reply.raw)["data"]
-        return tuple(str(each["id"]) for each in listed)
+        names = tuple(str(each["id"]) for each in listed)
     except (ValueError, KeyError, TypeError, RecursionError):
-        return ()
+        return Served()
+    return Served(names, bool(names) and all(each.get("owned_by") == "vllm" for each in listed))
 
 
 def _is_called(model: str, name: str) -> bool:
-    """Gateways list patterns (`openai/*`), others put a folder before (`models/`) or a tag behind (`:latest`)."""
-    return fnmatchcase(model, name) or name.endswith("/" + model) or (":" in name and same_model(model, name))
+    """Gateways list patterns (`openai/*`), others put a folder before (`models/`) or a tag behind (`:latest`).
+
+    Routers take a way of serving behind a listed name (`:free`, `:nitro`).
+    """
+    if any(fnmatchcase(asked, name) or name.endswith("/" + asked) for asked in (model, model.partition(":")[0])):
+        return True
+    return ":" in name and same_model(model, name)
+
+
+def _is_unknown_model(reply: Reply) -> bool:
+    """Whether a request was refused because of its model's name."""
+    error = error_of(reply.raw)
+    said = f"{error['code']} {error['message']}".lower()
+    return reply.status in (400, 404, 422) and bool(_UNKNOWN_MODEL.search(said))
 
 
 def _not_served(endpoint: Asked, names: Sequence[str]) -> str:

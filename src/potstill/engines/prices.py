@@ -31,12 +31,16 @@ _MARGIN, _MESSAGE_MARGIN = 256, 16
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """1e-12 US dollars: a token of a prompt, of a prompt's cached part, of an answer; and for a request as such."""
+    """1e-12 US dollars: a token of a prompt, of a prompt's cached part, of an answer; and for a request as such.
+
+    is_presumed  nobody said so: a gateway on one's own network may pass on what is asked to whoever sends a bill
+    """
 
     input_picousd: int
     output_picousd: int
     cached_picousd: int
     request_picousd: int = 0
+    is_presumed: bool = False
 
     def worst(self, input_tokens: int, output_tokens: int) -> int:
         """1e-12 dollars that a request with so many tokens costs at most."""
@@ -55,6 +59,7 @@ class Price:
 
 
 FREE = Price(0, 0, 0)
+_PRESUMED = Price(0, 0, 0, is_presumed=True)
 
 
 def price_of(input_usd: float, output_usd: float) -> Price:
@@ -64,12 +69,12 @@ def price_of(input_usd: float, output_usd: float) -> Price:
 
 
 def find_price(model: str, base_url: str, *, batch: bool = False) -> Price | None:
-    """What is listed for a model at an endpoint; FREE on this machine or network; None where nobody knows.
+    """What is listed for a model at an endpoint; presumed nothing on this machine or network; None where nobody knows.
 
     `batch`: what the provider's batch API costs, where that is listed.
     """
     if is_private(base_url):
-        return FREE
+        return _PRESUMED
     context = {"processing": "batch"} if batch else None
     now = datetime.now(UTC)
     hours = (now + timedelta(hours=hour) for hour in range(24))
@@ -81,12 +86,19 @@ def find_price(model: str, base_url: str, *, batch: bool = False) -> Price | Non
 
 
 def check_price(price: Price | None, budget: Budget, model: str) -> None:
-    """Raises BudgetError where money is limited and the price unknown."""
-    if price is None and budget.usd is not None:
+    """Raises BudgetError where money is limited and the price unknown, or presumed to be nothing."""
+    if budget.usd is None or not (price is None or price.is_presumed):
+        return
+    if price is None:
         raise BudgetError(
             f"teacher.price: nobody lists a price of {model}, and teacher.budget.usd={budget.usd:g} needs one. Set "
             "teacher.price: {input_usd: ..., output_usd: ...} for a million tokens, or limit teacher.budget.tokens."
         )
+    raise BudgetError(
+        f"teacher.price: what a gateway on a private network takes for {model} is unknown, and teacher.budget.usd="
+        f"{budget.usd:g} needs it. Set teacher.price: {{input_usd: ..., output_usd: ...}} for a million tokens (0 and "
+        "0 for a server of your own), or limit teacher.budget.tokens."
+    )
 
 
 def most_tokens(body: str, num_messages: int) -> int:

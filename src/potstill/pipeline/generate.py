@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from random import Random
 from typing import Any
 
@@ -96,14 +96,12 @@ def generate(recipe: Recipe, stage: Stage, *, stopping: Stopping) -> None:
     stage.finish(rows=kept, **_facts(plan, harvest, tally))
 
 
-@dataclass(slots=True)
 class _Spending:
     """What all asking of this stage has come to. Every request is noted as used here; no budget ends unnoticed."""
 
-    recipe: Recipe
-    stage: Stage
-    stopping: Stopping
-    tally: Tally = field(default_factory=Tally)
+    def __init__(self, recipe: Recipe, stage: Stage, stopping: Stopping) -> None:
+        self.recipe, self.stage, self.stopping = recipe, stage, stopping
+        self.tally = Tally()
 
     def through(self, author: ApiAuthor | LocalAuthor, *, partial: bool = True) -> Ask:
         """The author's `ask`. Raises BudgetError where the budget is used up and the recipe does not go on then."""

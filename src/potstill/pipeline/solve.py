@@ -1,11 +1,12 @@
 """The evaluate stage of a student that learned what a teacher wrote: every arm answers the held-out prompts.
 
 The same prompts, sampling and verifier for untrained, control and student, and for the teacher behind its API. Refuses
-to keep two arms in memory at once.
+to keep two arms in memory at once, and to grade an answer that did not come to its end.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from potstill.data import PackedRows
 from potstill.engines import models_of, pick_device
+from potstill.engines.local import NO_ROOM
 from potstill.evaluation import PASS, compare_likelihoods, compare_solvers, measure_speed
 from potstill.losses import position_scores
 from potstill.pipeline import build
@@ -36,7 +38,7 @@ from potstill.pipeline.stopping import Stopping
 from potstill.pipeline.written import Question, read_questions
 from potstill.recipes import Recipe
 from potstill.recipes.generate import Generate
-from potstill.types import Measurement, Request, Sampling, States, Wants
+from potstill.types import Completion, Measurement, Request, Sampling, States, Wants
 
 __all__ = ["evaluate_answers", "teacher_requests"]
 
@@ -46,16 +48,36 @@ CLEAN, LEAKED = "never leaked", "leaked"
 SHOWN_CHARACTERS = 2000
 """Of an answer in the report."""
 
+CUT = " [did not come to an end]"
+"""After such an answer in the report."""
+
+UNKNOWN, REFUSED = "unknown", "refused"
+
+_WRONG = {
+    UNKNOWN: "of which the verifier could not say whether they are right",
+    "length": "that did not come to an end (evaluation.answers.max_tokens, or the model's positions)",
+    NO_ROOM: "to prompts that fill the model's positions, so that none could be given,",
+    REFUSED: "that were refused or not given",
+}
+"""Why an answer counts as wrong that was not judged so."""
+
+_OPEN, _CLOSE = "<think>", "</think>"
+
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class _Solved:
-    """Of one arm: its first answers, of each prompt's answers the share that is right [P], and how many are unknown."""
+    """What came of one arm.
+
+    answers  the first to each prompt, as the report shows them
+    right_P  of each prompt's answers the share that is right [P]
+    counted  answers that count as wrong: why, and how many
+    """
 
     answers: Sequence[str]
     right_P: Floats
-    unknown: int = 0
+    counted: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +95,20 @@ def evaluate_answers(
 ) -> None:
     """Ask and verify the teacher, then every arm of `arms`: model folders of untrained, control, student."""
     questions, found = read_questions(folder / "generate"), _Found()
+    asked = _asked(recipe, questions)
     with closing(opened_grader(_spec(recipe))) as grader:
-        found.solved["teacher"] = _ask_teacher(recipe, questions, grader, stopping)
+        found.solved["teacher"] = _ask_teacher(recipe, asked, grader, stopping)
         with metered("evaluate", len(arms), "arms") as meter:
             for arm, place in arms.items():
-                _examine(
-                    recipe, stage, (arm, place), questions, found=found, grader=grader, prepared=folder / "prepare"
-                )
+                _examine(recipe, stage, (arm, place), asked, found=found, grader=grader, prepared=folder / "prepare")
                 meter.advance(1)
-    rows = [*_compare(recipe, questions, found), *found.costs]
+    rows = [*_compare(recipe, asked, found), *found.costs]
     write_json_atomic(stage.folder / "measurements.json", [asdict(row) for row in rows])
     write_json_atomic(stage.folder / "calibration.json", {})
-    write_json_atomic(stage.folder / "samples.json", _samples(recipe, questions, found))
-    unknown = {arm: solved.unknown for arm, solved in found.solved.items() if solved.unknown}
-    stage.finish(prompts=len(questions), attempts=recipe.evaluation.attempts, notes=[*_notes(unknown)])
+    write_json_atomic(stage.folder / "samples.json", _samples(recipe, asked, found))
+    judged = found.solved if _spec(recipe).verify is not None else {}
+    notes = _notes({arm: solved.counted for arm, solved in judged.items()})
+    stage.finish(prompts=len(asked), attempts=recipe.evaluation.attempts, notes=[*notes])
 
 
 def _spec(recipe: Recipe) -> Generate:
@@ -96,11 +118,16 @@ def _spec(recipe: Recipe) -> Generate:
 
 
 def teacher_requests(recipe: Recipe, questions: Sequence[Question]) -> list[Request]:
-    """What the teacher is asked about the held-out prompts: as every arm is."""
-    settings = recipe.evaluation
+    """What the teacher is asked about the held-out prompts: as every arm is, but with its own system message always.
+
+    A student that does not see that message in training is tested without it.
+    """
+    spec, settings = _spec(recipe), recipe.evaluation
+    hidden = None if spec.teach_system else spec.system
+    system = () if hidden is None else ({"role": "system", "content": hidden},)
     return [
         Request(
-            messages=question.messages,
+            messages=(*system, *question.messages),
             max_tokens=settings.answers.max_tokens,
             temperature=settings.answers.temperature,
             top_p=settings.answers.top_p,
@@ -108,9 +135,14 @@ def teacher_requests(recipe: Recipe, questions: Sequence[Question]) -> list[Requ
             sample=number,
             user=str(question.row.get(USER) or ""),
         )
-        for question in questions
+        for question in _asked(recipe, questions)
         for number in range(settings.attempts)
     ]
+
+
+def _asked(recipe: Recipe, questions: Sequence[Question]) -> Sequence[Question]:
+    """The prompts that need answers: without a verifier, those that the report shows."""
+    return questions if _spec(recipe).verify is not None else questions[: recipe.evaluation.sample_prompts]
 
 
 def _ask_teacher(recipe: Recipe, questions: Sequence[Question], grader: Grader, stopping: Stopping) -> _Solved:
@@ -123,9 +155,8 @@ def _ask_teacher(recipe: Recipe, questions: Sequence[Question], grader: Grader, 
     ):
         found = author.ask(requests)
         check_spent(recipe, author.tally, partial=False)
-        # One that was cut off or refused has no answer: that is wrong, and the same for every arm.
-        texts = [answer.text if answer and answer.finish == "stop" else "" for answer in found]
-    return _grade(questions, texts, recipe.evaluation.attempts, grader)
+        said = [_said(answer or Completion("", finish=REFUSED), recipe.evaluation.answers.stop) for answer in found]
+    return _grade(questions, said, recipe.evaluation.attempts, grader)
 
 
 def _examine(
@@ -152,9 +183,10 @@ def _examine(
     )
     prompts = [render_prompt(question.messages, engine.tokenizer) for question in questions]
     torch.manual_seed(recipe.seed)
-    texts = engine.generate([one for one in prompts for _ in range(settings.attempts)], sampling)
-    stops = settings.answers.stop
-    found.solved[arm] = _grade(questions, [_answer_of(text, stops) for text in texts], settings.attempts, grader)
+    asked = [one for one in prompts for _ in range(settings.attempts)]
+    answers = zip(engine.answer(asked, sampling), asked, strict=True)
+    said = [_said(answer, settings.answers.stop, prompt) for answer, prompt in answers]
+    found.solved[arm] = _grade(questions, said, settings.attempts, grader)
     _score(recipe, engine, prepared, arm=arm, found=found)
     found.costs.extend(measure_sizes(arm, sum(map(count_parameters, models_of(engine))), [str(place)]))
     if settings.speed:
@@ -163,18 +195,37 @@ def _examine(
     release_memory()
 
 
-def _answer_of(text: str, stops: Sequence[str]) -> str:
-    """What is said after the reasoning, where there is any, and before what an answer ends at."""
+def _said(answer: Completion, stops: Sequence[str], prompt: str = "") -> Completion:
+    """What is said after the reasoning, where there is any, and before what an answer ends at; and how it finished.
+
+    One that stopped while it was thinking finished as cut off. A `prompt` may have begun the thinking.
+    """
+    text, finish = answer.text, answer.finish
     for stop in stops:
-        text = text.partition(stop)[0]
-    return text.rpartition("</think>")[2].strip()
+        text, found, _ = text.partition(stop)
+        finish = "stop" if found else finish
+    begun = prompt.rstrip().endswith(_OPEN) or text.lstrip().startswith(_OPEN)
+    only_thought = (begun and _CLOSE not in text) or bool(answer.reasoning and not text)
+    if only_thought and finish == "stop":
+        finish = "length"
+    return Completion(text.rpartition(_CLOSE)[2].strip(), finish=finish)
 
 
-def _grade(questions: Sequence[Question], texts: Sequence[str], attempts: int, grader: Grader) -> _Solved:
+def _grade(questions: Sequence[Question], said: Sequence[Completion], attempts: int, grader: Grader) -> _Solved:
+    """An answer that did not end by itself is no answer, whoever gave it: what it has of one counts for nothing."""
     asked = [question for question in questions for _ in range(attempts)]
+    texts = [answer.text if answer.finish == "stop" else "" for answer in said]
     verdicts = grader.grade([(text, question.row) for text, question in zip(texts, asked, strict=True)])
-    right_P = np.array([verdict.right is True for verdict in verdicts], np.float64).reshape(-1, attempts).mean(1)
-    return _Solved(texts[::attempts], right_P, sum(verdict.right is None for verdict in verdicts))
+    right = [verdict.right is True and answer.finish == "stop" for verdict, answer in zip(verdicts, said, strict=True)]
+    unknown = [verdict.right is None for verdict in verdicts]
+    counted = Counter(answer.finish for answer in said if answer.finish != "stop")
+    counted[UNKNOWN] = sum(answer.finish == "stop" and unclear for answer, unclear in zip(said, unknown, strict=True))
+    right_P = np.array(right, np.float64).reshape(-1, attempts).mean(1)
+    return _Solved([_shown(answer) for answer in said[::attempts]], right_P, +counted)
+
+
+def _shown(answer: Completion) -> str:
+    return answer.text[:SHOWN_CHARACTERS] + (CUT if answer.finish != "stop" else "")
 
 
 @torch.inference_mode()
@@ -230,14 +281,18 @@ def _samples(recipe: Recipe, questions: Sequence[Question], found: _Found) -> li
     """The first prompts with every arm's first answer."""
     shown = []
     for number, question in enumerate(questions[: recipe.evaluation.sample_prompts]):
-        answers = {arm: solved.answers[number][:SHOWN_CHARACTERS] for arm, solved in found.solved.items()}
+        answers = {arm: solved.answers[number] for arm, solved in found.solved.items()}
         reference = str(question.row.get("answer", ""))[:SHOWN_CHARACTERS]
         shown.append({"prompt": str(question.messages[-1]["content"]), "reference": reference, "completions": answers})
     return shown
 
 
-def _notes(unknown: Mapping[str, int]) -> list[str]:
-    if not unknown:
-        return []
-    told = ", ".join(f"{arm} {count}" for arm, count in unknown.items())
-    return [f"{PASS} counts answers of which the verifier could not say whether they are right as wrong: {told}"]
+def _notes(counted: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Of every reason for which answers count as wrong, how many of which arm."""
+    reasons = list(dict.fromkeys([*_WRONG, *(reason for found in counted.values() for reason in found)]))
+    notes = []
+    for reason in reasons:
+        arms = ", ".join(f"{arm} {found[reason]:,}" for arm, found in counted.items() if found.get(reason))
+        told = _WRONG.get(reason, f"that finished with {reason}")
+        notes += [f"{PASS} counts answers {told} as wrong: {arms}"] if arms else []
+    return notes

@@ -5,10 +5,11 @@ Importing this module must stay cheap: no torch, no transformers. Refuses: class
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from potstill.recipes.generate import Generate, Writing
 from potstill.recipes.losses import CrossEntropy, LossTerm
@@ -215,6 +216,11 @@ class Evaluation(Part):
     chosen on the validation split."""
     price: Price | None = None
     """For tasks over texts: what queries cost, for the report; null to leave cost out."""
+
+    @field_validator("answers", mode="before")
+    @classmethod
+    def _greedy_unless_told(cls, given: object) -> object:
+        return {"temperature": 0.0, **given} if isinstance(given, Mapping) else given
 
 
 class Report(Part):

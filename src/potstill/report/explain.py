@@ -132,7 +132,8 @@ def _explain_unverified(story: Story) -> str:
         return "there is no control arm, since no answers were verified that could be compared with unverified ones"
     return (
         "control is the same initial student, trained for as many steps on as many of the teacher's answers to the "
-        "same prompts, drawn from all of them, so that the difference to it is what verifying and choosing them added"
+        "same prompts, cleaned and chosen by the same rule, right or wrong, so that the difference to it is what "
+        "verifying them added"
     )
 
 

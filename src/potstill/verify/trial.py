@@ -2,7 +2,8 @@
 
 The three are one chain of calls in C, of which no Python frame, name or attribute knows: code under trial finds neither
 the tests nor the word, and leaving early in any way skips the word. Refuses such code the ways of looking for objects
-that have no name (gc, ctypes, made-up byte code). Runs as a program in an interpreter of its own, without packages.
+that have no name (gc, ctypes, made-up byte code, other interpreters), and of moving in code that runs (tracing). Runs
+as a program in an interpreter of its own, without packages.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ __all__ = ["WORD_BYTES", "begin"]
 
 WORD_BYTES = 16
 _RESULT = 3
-_HIDDEN = frozenset({"gc.get_objects", "gc.get_referrers", "gc.get_referents", "code.__new__"})
-_MODULES = frozenset({"_testcapi", "_testinternalcapi", "_testlimitedcapi"})
+_FROZEN = frozenset({"importlib.machinery", "importlib.util", "ntpath", "runpy", "site", "stat", "zipimport"})
 
 
 def begin() -> Iterator[object]:
@@ -43,8 +43,7 @@ def begin() -> Iterator[object]:
     except (SyntaxError, ValueError):
         os.write(_RESULT, unusable)
         raise
-    if b"asyncio" in answer + tests or b"mock" in answer + tests:
-        import asyncio  # noqa: F401  (it makes up byte code as it is imported)
+    _load_modules(answer + b"\n" + tests)
     module = types.ModuleType("answer")
     sys.modules["answer"] = module
     sys.addaudithook(_keep_hidden)
@@ -61,8 +60,62 @@ def begin() -> Iterator[object]:
     return map(call, steps)
 
 
-def _keep_hidden(event: str, arguments: tuple[object, ...]) -> None:
-    if event in _HIDDEN or event.startswith("ctypes.") or (event == "import" and arguments[0] in _MODULES):
+def _load_modules(code: bytes) -> None:
+    """Import what the code will, as long as compiled files may be read: later, modules are compiled from their source.
+
+    Built-in and frozen modules are made by functions that take any name, or any byte code: these go, once all are here.
+    """
+    named = {b"asyncio"} if b"mock" in code or b"asyncio" in code else set[bytes]()
+    for line in code.splitlines():
+        first, *others = line.replace(b",", b" ").split() or [b""]
+        named |= {word for word in others if first in (b"import", b"from")}
+    own = {name for name in sys.builtin_module_names if not name.startswith(("xx", "_xx", "_test"))}
+    usual = {name for name in (word.decode("utf-8", "replace") for word in named) if _is_usual(name)}
+    for name in sorted({*_FROZEN, *own, *usual}):
+        try:
+            exec(f"import {name}", {})
+        except (ImportError, OSError, SyntaxError):  # the code under trial will be told
+            continue
+    sys.implementation.cache_tag = None  # type: ignore[assignment]
+    loader = sys.modules["_imp"]
+    for name in ("create_builtin", "get_frozen_object"):
+        delattr(loader, name)
+
+
+def _is_usual(name: str) -> bool:
+    """Whether it names a module of the standard library that does nothing but define."""
+    parts = name.split(".")
+    library = sys.stdlib_module_names - {"antigravity", "this"}
+    return parts[0] in library and all(part.isidentifier() and not part.startswith("_") for part in parts)
+
+
+def _keep_hidden(event: str, arguments: tuple[Any, ...]) -> None:
+    """The audit hook: raises where code under trial would look for what is hidden, or move in code that runs.
+
+    All that it goes by is written in it, for names and cells could be given other values.
+    """
+    denied = event in {
+        "gc.get_objects",
+        "gc.get_referrers",
+        "gc.get_referents",
+        "code.__new__",
+        "marshal.load",
+        "marshal.loads",
+        "sys.settrace",
+        "sys.setprofile",
+        "sys.monitoring.register_callback",
+        "sys._current_frames",
+        "sys._current_exceptions",
+        "sys.addaudithook",
+        "sys.remote_exec",
+        "cpython.PyInterpreterState_New",
+    }
+    if event == "import":
+        # A library can be loaded under any name, of which the last part says what is looked for in it.
+        denied = f"{arguments[0]}".rpartition(".")[2] in {"_testcapi", "_testinternalcapi", "_testlimitedcapi"}
+    elif event == "object.__setattr__":
+        denied = arguments[1] == "__code__"
+    if denied or event.startswith("ctypes."):
         raise PermissionError(f"{event} is not allowed in code under trial")
 
 
