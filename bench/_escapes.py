@@ -8,6 +8,8 @@ for the caller's number.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 __all__ = ["ATTEMPTS", "FORGERIES", "TESTS_THAT_FAIL"]
 
 TESTS_THAT_FAIL = "import random\nassert random.random() > 2\ndone = True"
@@ -61,7 +63,9 @@ ATTEMPTS: dict[str, str] = {
     "reading by a hard link": "import os\nos.link('@SECRET@', 'link')\nopen('link').read()",
     "listing a folder": "import os\nos.listdir('@FOLDER@')",
     "reading home": _ANY
-    + "import os\nany_of(lambda: open('@HOME@').read(), *[lambda p=p: open(p).read() for p in ('/root/.bashrc', '/root/.profile', '/etc/hosts')])",
+    + "import os\nany_of(lambda: open('@HOME@').read(), *[lambda p=p: open(p).read() for p in "
+    + repr([*(str(Path("~root").expanduser() / name) for name in (".bashrc", ".profile")), "/etc/hosts"])
+    + "])",
     "passwords": _ANY + "any_of(lambda: open('/etc/passwd').read(), lambda: open('/etc/shadow').read())",
     "out by dots": "open('../' * 40 + '@SECRET@'.lstrip('/')).read()",
     "out by chroot": "import os\nos.chroot('.')",
@@ -70,7 +74,7 @@ ATTEMPTS: dict[str, str] = {
     "deleting everything": (
         "import os, shutil\ncount = 0\n"
         "def seen(*arguments): pass\n"
-        "for top in ('/usr', '/lib', '/root', '/work', '/etc', '@FOLDER@'): shutil.rmtree(top, onerror=seen)\n"
+        "for top in ('/usr', '/lib', '/root', '/home', '/srv', '/etc', '@FOLDER@'): shutil.rmtree(top, onerror=seen)\n"
         "raise SystemExit('see what is left')"
     ),
     "writing a file": "open('@SECRET@', 'w').write('x')",
