@@ -8,16 +8,18 @@ import re
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from tests.servers.api import Server, serve
 from tests.servers.faults import Settings
 
+from potstill.data.quality import WRITING_SYSTEMS
 from potstill.engines import Ledger
 from potstill.errors import BudgetError, DataError, PotstillError
 from potstill.pipeline.run import explain_run, run_recipe, stage_fingerprints
 from potstill.recipes import load_recipe
+from potstill.recipes.cleaning import WritingSystem
 
 PROBLEMS = 60
 KEY = "sk-a-secret-that-nobody-may-find"
@@ -413,3 +415,7 @@ def test_what_changes_the_answers_makes_them_stale_and_nothing_else(written, ser
     before, after = stage_fingerprints(written(server)), stage_fingerprints(written(server, **change))
     assert (before["generate"] != after["generate"]) is redone
     assert before["report"] != after["report"] or not {"teacher.permission"} & set(change)
+
+
+def test_a_recipe_may_name_exactly_the_writing_systems_that_are_told_apart():
+    assert sorted(get_args(WritingSystem)) == sorted(WRITING_SYSTEMS)
