@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from transformers import BertConfig, LlamaConfig
+from transformers import BertConfig, LlamaConfig, MambaConfig
 
-from potstill.errors import ModelError
+from potstill.errors import ModelError, RecipeError
 from potstill.pipeline import build
 from potstill.recipes import load_recipe
 from potstill.types import Role
@@ -95,3 +95,22 @@ def test_a_config_of_another_kind_of_model_is_refused_with_its_key():
         build.blank_model(llama, "student.model", Role.MASKED)
     assert str(caught.value).startswith("student.model: LlamaConfig is not the config of a model for masked language")
     assert str(caught.value).endswith("Use an encoder such as BERT, RoBERTa, DistilBERT, ELECTRA or ModernBERT.")
+
+
+def test_a_model_drops_what_its_own_training_says_and_else_what_its_config_says():
+    sizes = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=2, attention_dropout=0.5)
+    recipe, own = quickstart("training.dropout=0.0"), quickstart("training.dropout=0.25").training
+    for training, share in ((None, 0.0), (own, 0.25), (quickstart().training, 0.5)):
+        model = build.blank_model(config, "student.model", Role.CAUSAL)
+        build.build_trainable(recipe, model, training)
+        assert {layer.self_attn.attention_dropout for layer in model.model.layers} == {share}
+
+
+def test_dropout_is_refused_where_there_is_none():
+    config = MambaConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1)
+    model = build.blank_model(config, "student.model", Role.CAUSAL)
+    recipe = quickstart("training.dropout=0.1")
+    with pytest.raises(RecipeError, match=r"teacher\.training\.dropout=0\.1: MambaForCausalLM has nothing to drop"):
+        build.check_trainable(recipe, recipe.training, model, "teacher.training")
+    build.check_trainable(recipe, quickstart("training.dropout=0.0").training, model)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
-import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.pipeline.killing import finish_killed, finish_undisturbed
 
 from potstill.errors import DataError, NonFiniteError, RecipeError, RunError, VocabularyMismatch
 from potstill.pipeline.run import STAGES, explain_run, run_recipe
@@ -156,28 +156,11 @@ def processes():
     return context
 
 
-def kill_and_finish(processes, recipe: Recipe, kills: int) -> int:
-    """Runs the recipe, killed at random moments, then to its end. Returns how many kills met a working process."""
-    draw, met = random.Random(0), 0
-    for _ in range(kills):
-        process = processes.Process(target=run_recipe, args=(recipe,))
-        process.start()
-        process.join(draw.uniform(0.2, 2.5))
-        met += process.is_alive()
-        process.kill()
-        process.join()
-    process = processes.Process(target=run_recipe, args=(recipe,))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    return met
-
-
 def check_killed_runs_end_alike(processes, load, tmp_path: Path, kills: int) -> None:
     length = "training.steps=60"
     undisturbed, killed = load(length), load(length, f"run_dir={tmp_path / 'killed'}")
-    assert kill_and_finish(processes, undisturbed, 0) == 0
-    assert kill_and_finish(processes, killed, kills) > 0
+    seconds = finish_undisturbed(processes, undisturbed)
+    assert finish_killed(processes, killed, kills, seconds) > 0
     assert weights(killed) == weights(undisturbed)
     assert weights(killed, "control") == weights(undisturbed, "control")
     assert measurements(killed) == measurements(undisturbed)

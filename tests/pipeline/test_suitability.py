@@ -139,6 +139,8 @@ REFUSALS = [
      "teacher's answers by text."),
     (INTENT, [STATIC, DENSE, "losses=[{kind: hidden_mse}]"],
      "static: learns from answers alone, and no loss compares them. Add forward_kl, or remove static."),
+    (INTENT, ["static={training: {epochs: 1, dropout: 0.0}}", DENSE],
+     "static.training.dropout: there is nothing between embeddings and their mean to drop. Leave it out."),
     # what is kept of the teacher
     (NEWS, ["task={kind: masked_lm}", "student.keep=even", DENSE],
      "signals.kind: dense keeps what was said of fixed tokens, but masks are drawn anew in every epoch. Use "

@@ -6,10 +6,10 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from random import Random
 from typing import Any, NamedTuple
 
 import pytest
+from tests.pipeline.killing import finish_killed, finish_undisturbed
 
 from potstill import cli
 from potstill.pipeline.run import explain_run, run_recipe
@@ -375,23 +375,6 @@ def test_attention_maps_are_had_of_models_that_return_none_by_default(task, make
 # Interruptions
 
 
-def kill_and_finish(processes: Any, recipe: Recipe, kills: int) -> int:
-    """Runs the recipe, killed at random moments, then to its end. Returns how many kills met a working process."""
-    draw, met = Random(0), 0
-    for _ in range(kills):
-        process = processes.Process(target=run_recipe, args=(recipe,))
-        process.start()
-        process.join(draw.uniform(0.5, 4.0))
-        met += process.is_alive()
-        process.kill()
-        process.join()
-    process = processes.Process(target=run_recipe, args=(recipe,))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    return met
-
-
 @pytest.fixture
 def check_killed(encoder_processes, task, tmp_path):
     """Runs a recipe twice, killed so many times and undisturbed: these stages' models, and all measurements, are alike.
@@ -401,8 +384,8 @@ def check_killed(encoder_processes, task, tmp_path):
 
     def check(kills: int, stages: Sequence[str], **keys: Any) -> None:
         whole, killed = (task("task", f"run_dir={tmp_path / name / 'run'}", **keys) for name in ("whole", "killed"))
-        assert kill_and_finish(encoder_processes, whole, 0) == 0
-        assert kill_and_finish(encoder_processes, killed, kills) > 0
+        seconds = finish_undisturbed(encoder_processes, whole)
+        assert finish_killed(encoder_processes, killed, kills, seconds) > 0
         files = [Path("evaluate", "measurements.json")]
         for stage in stages:
             folder = whole.folder / stage / ("teacher" if stage == "finetune" else "student")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from potstill.verify import Verdict, choose, difficulty, pass_at_k
+from potstill.verify import Difficulty, Verdict, choose, pass_at_k
 
 RIGHT, WRONG, UNKNOWN = Verdict(True), Verdict(False), Verdict(None)
 verdicts = st.sampled_from([RIGHT, WRONG, UNKNOWN])
@@ -63,20 +63,43 @@ def test_impossible_counts_are_refused(numbers):
         pass_at_k(*numbers)
 
 
+def told_of(prompts):
+    told = Difficulty()
+    for name, found in prompts.items():
+        told.add(name, found)
+    return told
+
+
 def test_unknown_is_neither_right_nor_wrong():
-    told = difficulty({"a": [RIGHT, UNKNOWN], "b": [WRONG, WRONG], "c": [UNKNOWN], "d": [RIGHT, WRONG, WRONG, WRONG]})
-    assert told.rates == {"a": 1.0, "b": 0.0, "d": 0.25}
-    assert told.never_solved == ("b",)
-    assert told.never_known == ("c",)
+    told = told_of({"a": [RIGHT, UNKNOWN], "b": [WRONG, WRONG], "c": [UNKNOWN], "d": [RIGHT, WRONG, WRONG, WRONG]})
+    assert told.never_solved == ["b"]
+    assert told.never_known == ["c"]
     assert (told.right, told.wrong, told.unknown) == (2, 5, 2)
-    assert told.histogram == (1, 0, 1, 0, 0, 0, 0, 0, 0, 1)
-    assert told.pass_at == {1: pytest.approx(1.25 / 3), 2: pytest.approx(0.25), 4: 1.0}
+    assert told.histogram == [1, 0, 1, 0, 0, 0, 0, 0, 0, 1]
+    assert told.pass_at() == {1: pytest.approx(1.25 / 3), 2: pytest.approx(0.25), 4: 1.0}
+
+
+def test_who_answered_nothing_has_no_chances():
+    assert told_of({}).pass_at() == told_of({"a": [UNKNOWN], "b": []}).pass_at() == {}
 
 
 @given(st.dictionaries(st.text(max_size=3), st.lists(verdicts, max_size=9), max_size=6))
 def test_every_prompt_and_sample_is_counted_once(given_):
-    told = difficulty(given_)
+    told = told_of(given_)
     assert told.right + told.wrong + told.unknown == sum(map(len, given_.values()))
-    assert sum(told.histogram) == len(told.rates)
-    assert set(told.rates) | set(told.never_known) == set(given_)
-    assert not set(told.rates) & set(told.never_known)
+    assert sum(told.histogram) + len(told.never_known) == len(given_)
+    known = {name: [v.right for v in found if v.right is not None] for name, found in given_.items()}
+    assert set(told.never_known) == {name for name, found in known.items() if not found}
+    assert set(told.never_solved) == {name for name, found in known.items() if found and not any(found)}
+
+
+@given(st.dictionaries(st.integers(), st.lists(verdicts, min_size=1, max_size=6), min_size=1, max_size=6))
+def test_the_chance_of_k_is_the_mean_over_prompts_with_k_known_samples(given_):
+    counts = [
+        ([v.right for v in found].count(True), sum(v.right is not None for v in found)) for found in given_.values()
+    ]
+    told = told_of({str(name): found for name, found in given_.items()}).pass_at()
+    assert set(told) == {k for k in (1, 2, 4) if any(n >= k for _, n in counts)}
+    for k, share in told.items():
+        values = [pass_at_k(n, c, k) for c, n in counts if n >= k]
+        assert math.isclose(share, sum(values) / len(values), abs_tol=1e-12)

@@ -55,7 +55,16 @@ from potstill.recipes.schema import (
     Training,
     WSDSchedule,
 )
-from potstill.students import add_adapters, cut_layers, even_layers, find_targets, fresh_model, to_distilbert
+from potstill.students import (
+    add_adapters,
+    cut_layers,
+    even_layers,
+    find_dropout,
+    find_targets,
+    fresh_model,
+    set_dropout,
+    to_distilbert,
+)
 from potstill.students.blocks import find_blocks
 from potstill.training import Plan, learning_rate_factor
 from potstill.types import Role
@@ -67,9 +76,9 @@ __all__ = [
     "build_stand_in",
     "build_teacher",
     "build_trainable",
-    "check_adapters",
     "check_recorded",
     "check_sources",
+    "check_trainable",
     "compile_blocks",
     "count_steps",
     "open_recorded",
@@ -259,12 +268,14 @@ def _model_like(model: str, teacher: Any, role: Role, seed: int) -> Any:
 
 
 def build_trainable(recipe: Recipe, student: Any, training: Training | None = None) -> nn.Module:
-    """The student in training mode, as the recipe (or another training of it) wants it trained."""
+    """The student in training mode, as the recipe (or another training of it, the teacher's) wants it trained."""
     settings = training or recipe.training
+    where = "training" if training is None else "teacher.training"
+    check_trainable(recipe, settings, student, where)
+    if settings.dropout is not None:
+        set_dropout(student, settings.dropout)
     if settings.lora is not None:
-        key = "training.lora" if training is None else "teacher.training.lora"
-        check_adapters(recipe, settings, student, key)
-        add_adapters(student, **settings.lora.model_dump(), key=key)
+        add_adapters(student, **settings.lora.model_dump(), key=f"{where}.lora")
     if settings.freeze_embeddings:
         student.get_input_embeddings().requires_grad_(False)
     if settings.gradient_checkpointing:
@@ -272,19 +283,23 @@ def build_trainable(recipe: Recipe, student: Any, training: Training | None = No
     return cast_of(recipe).trainable(student.train(), settings.precision)
 
 
-def check_adapters(recipe: Recipe, training: Training, student: Any, key: str = "training.lora") -> None:
-    """Raises RecipeError or MissingExtra where this training asks for adapters that the model cannot have.
+def check_trainable(recipe: Recipe, training: Training, student: Any, where: str = "training") -> None:
+    """Raises RecipeError or MissingExtra where this training asks for dropout or adapters that the model cannot have.
 
-    A model without weights will do.
+    A model without weights will do. `where` is the training's key.
     """
+    if training.dropout and not find_dropout(student):
+        raise RecipeError(
+            f"{where}.dropout={training.dropout:g}: {type(student).__name__} has nothing to drop. Leave it out."
+        )
     if training.lora is None:
         return
     if Role(recipe.task.kind) is not Role.CAUSAL:
         raise RecipeError(
-            f"{key}: is for language models, but task.kind={recipe.task.kind}, whose models are small enough to be "
-            "trained whole, and must be where their heads are new. Leave lora out."
+            f"{where}.lora: is for language models, but task.kind={recipe.task.kind}, whose models are small enough to "
+            "be trained whole, and must be where their heads are new. Leave lora out."
         )
-    find_targets(student, training.lora.targets, key)
+    find_targets(student, training.lora.targets, f"{where}.lora")
 
 
 def compile_blocks(recipe: Recipe, steps: int, student: Any, teachers: Sequence[Any]) -> None:

@@ -90,7 +90,7 @@ def generate(recipe: Recipe, stage: Stage, *, stopping: Stopping) -> None:
     tally = spending.tally
     _check(harvest, tally)
     write_lines(stage.folder / QUESTIONS, map(dump_question, _questions(plan, spec)))
-    write_json_atomic(stage.folder / UNSOLVED, list(harvest.unsolved))
+    write_json_atomic(stage.folder / UNSOLVED, list(harvest.difficulty.never_solved))
     leaks = [*plan.leaks, *harvest.leaks][:SHOWN_LEAKS]
     write_json_atomic(stage.folder / LEAKS, [{"prompt": name, **asdict(leak)} for name, leak in leaks])
     stage.finish(rows=kept, **_facts(plan, harvest, tally))
@@ -226,8 +226,9 @@ def _facts(plan: Plan, harvest: Harvest, tally: Tally) -> Mapping[str, JsonValue
         "dropped": dict(harvest.dropped),
         "masked": dict(harvest.masked),
         "verdicts": dict(harvest.verdicts),
-        "difficulty": list(harvest.difficulty),
-        "unsolved": len(harvest.unsolved),
+        "difficulty": list(harvest.difficulty.histogram),
+        "pass_at": {str(k): share for k, share in harvest.difficulty.pass_at().items()},
+        "unsolved": len(harvest.difficulty.never_solved),
         "leaks": len(plan.leaks) + len(harvest.leaks),
         "reasoning": dict(harvest.reasoning),
         "tally": {**asdict(tally), "remarks": list(tally.remarks())},

@@ -29,15 +29,14 @@ from potstill.pipeline.questions import EXACT, USER, messages_of
 from potstill.recipes import Recipe
 from potstill.recipes.generate import Generate
 from potstill.types import Completion
-from potstill.verify import Verdict, choose
+from potstill.verify import Difficulty, Verdict, choose
 
 __all__ = ["Harvest", "Picked"]
 
 WINDOW = 256
 """Prompts whose answers are verified together."""
 
-HISTOGRAM = 10
-"""Bins of the share of a prompt's answers that were right."""
+UNFINISHED = Verdict(False, "unfinished")
 
 _NAMES = {True: "right", False: "wrong", None: "unknown"}
 
@@ -79,8 +78,7 @@ class Harvest:
     dropped    answers that were not kept, by reason
     masked     spans of personal data that were masked, by kind
     verdicts   answers by what the verifier says: right, wrong, unknown; unfinished ones are not shown to it
-    difficulty prompts by the share of their answers that were right, in ten equal bins
-    unsolved   ids of prompts with verified answers of which none was right
+    difficulty of the prompts for the teacher; unfinished answers count as wrong
     """
 
     def __init__(
@@ -112,8 +110,7 @@ class Harvest:
         self.masked: Counter[str] = Counter()
         self.reasoning: Counter[str] = Counter()
         self.verdicts: dict[str, int] = {"right": 0, "wrong": 0, "unknown": 0, "unfinished": 0}
-        self.difficulty = [0] * HISTOGRAM
-        self.unsolved: list[str] = []
+        self.difficulty = Difficulty()
         self.leaks: list[tuple[str, Leak]] = []
 
     def __enter__(self) -> Harvest:
@@ -234,13 +231,7 @@ class Harvest:
         for one in came:
             name = "unfinished" if one.verdict is None else _NAMES[one.verdict.right]
             self.verdicts[name] += 1
-        told = [one.verdict.right if one.verdict else False for one in came]
-        known = [right for right in told if right is not None]
-        if known:
-            share = sum(known) / len(known)
-            self.difficulty[min(HISTOGRAM - 1, int(share * HISTOGRAM))] += 1
-            if not share:
-                self.unsolved.append(prompt.id)
+        self.difficulty.add(prompt.id, [one.verdict or UNFINISHED for one in came])
 
     def _clean(self, prompt: Prompt, answer: Completion, *, count: bool = True) -> _Clean | str:
         """The conversation to learn, or why it is not one."""

@@ -105,9 +105,9 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
         _check_length(recipe, teacher, "teacher")
     student = _blank_student(recipe, teachers[0] if teachers else None)
     _check_length(recipe, student, "student")
-    build.check_adapters(recipe, recipe.training, student)
+    build.check_trainable(recipe, recipe.training, student)
     if isinstance(recipe.teacher, FinetuneTeacher):
-        build.check_adapters(recipe, recipe.teacher.training, teachers[0], "teacher.training.lora")
+        build.check_trainable(recipe, recipe.teacher.training, teachers[0], "teacher.training")
     student_tokenizer = _student_tokenizer(recipe, tokenizer)
     if recipe.over_texts:
         return _inspect_texts(

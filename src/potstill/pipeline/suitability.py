@@ -202,6 +202,8 @@ def _student_problems(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.static and recipe.static.training.freeze_embeddings:
         yield "static.training.freeze_embeddings: embeddings are nearly all that learns there. Leave it out."
+    if recipe.static and recipe.static.training.dropout is not None:
+        yield "static.training.dropout: there is nothing between embeddings and their mean to drop. Leave it out."
     if recipe.static and recipe.data.text_pair:
         yield "static: reads one text, but data.text_pair names a second one. Remove static."
     if recipe.phases:

@@ -20,6 +20,7 @@ class GenerationFacts:
     effective       clusters of training prompts that are no near duplicates of each other, of how many
     verdicts        right, wrong and unknown answers; empty where nobody verified
     difficulty      prompts by the share of their answers that were right, in bins of equal width
+    pass_at         by k, the chance that one of k answers to a prompt was right
     unsolved, leaks prompts never solved; texts removed because a test has them too
     reasoning       answers kept, by how their reasoning was shown: raw, summary, absent
     requests        by what became of them, in words
@@ -35,6 +36,7 @@ class GenerationFacts:
     effective: tuple[int, int] | None = None
     verdicts: Mapping[str, int] = field(default_factory=dict)
     difficulty: tuple[int, ...] = ()
+    pass_at: Mapping[int, float] = field(default_factory=dict)
     unsolved: int = 0
     leaks: int = 0
     reasoning: Mapping[str, int] = field(default_factory=dict)
@@ -86,6 +88,10 @@ def _verified(facts: GenerationFacts) -> list[tuple[str, str]]:
     return [
         ("verified", _counts(facts.verdicts)),
         ("prompts by share right", f"{spread} (from 0 to 100 % in {len(facts.difficulty)} equal steps)"),
+        (
+            "a right one among",
+            ", ".join(f"{k}: {share:.1%}" for k, share in facts.pass_at.items()) or "none was judged",
+        ),
         ("never solved", unsolved),
     ]
 

@@ -1,6 +1,7 @@
 """Who learns: layers cut from the teacher, a pretrained small model, or a fresh one. Refuses to train."""
 
 from potstill.students.distilbert import to_distilbert
+from potstill.students.dropout import find_dropout, set_dropout
 from potstill.students.importance import LayerChoice, choose_greedily, even_layers
 from potstill.students.initialise import check_layers, cut_layers, fresh_model, save_student
 from potstill.students.lora import add_adapters, find_targets, has_adapters, merge_adapters
@@ -28,6 +29,7 @@ __all__ = [
     "cut_layers",
     "distil_static",
     "even_layers",
+    "find_dropout",
     "find_targets",
     "fresh_model",
     "has_adapters",
@@ -36,6 +38,7 @@ __all__ = [
     "save_sentence_encoder",
     "save_static",
     "save_student",
+    "set_dropout",
     "to_distilbert",
     "tokenizer_of_rows",
 ]

@@ -6,7 +6,7 @@ from potstill.verify.gym import gym_verifier
 from potstill.verify.label import label_verifier
 from potstill.verify.math import math_verifier
 from potstill.verify.pattern import pattern_verifier
-from potstill.verify.rejection import Difficulty, choose, difficulty, pass_at_k
+from potstill.verify.rejection import Difficulty, choose, pass_at_k
 from potstill.verify.sandbox import describe_sandbox
 from potstill.verify.schema import schema_verifier
 from potstill.verify.verdict import Verdict, Verifier, verify_all
@@ -18,7 +18,6 @@ __all__ = [
     "choose",
     "code_verifier",
     "describe_sandbox",
-    "difficulty",
     "function_verifier",
     "gym_verifier",
     "label_verifier",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from potstill.verify.verdict import Verdict
 
-__all__ = ["Difficulty", "choose", "difficulty", "pass_at_k"]
+__all__ = ["Difficulty", "choose", "pass_at_k"]
 
 Rule = Literal["all", "shortest", "distinct"]
 
@@ -19,26 +19,50 @@ SHINGLE = 5
 """Words that are compared at a time."""
 
 
-@dataclass(frozen=True, slots=True)
 class Difficulty:
-    """How hard prompts were for the teacher. Shares are of samples whose verdict is known.
+    """How hard prompts were for who answered them, prompt by prompt. Shares are of samples whose verdict is known.
 
-    rates          id: share of right samples, of prompts with a known verdict
-    histogram      number of prompts by rate: 10 bins of equal width, the last one with 1.0
-    pass_at        k: mean over those prompts that have k known samples; k = 1, 2, 4, ... as far as any prompt goes
+    histogram      number of prompts by share of right samples: 10 bins of equal width, the last one with 1.0
     never_solved   ids of prompts whose known samples are all wrong
     never_known    ids of prompts without a known verdict
     right, wrong, unknown   samples
     """
 
-    rates: Mapping[str, float]
-    histogram: tuple[int, ...]
-    pass_at: Mapping[int, float]
-    never_solved: tuple[str, ...]
-    never_known: tuple[str, ...]
-    right: int
-    wrong: int
-    unknown: int
+    def __init__(self) -> None:
+        self.histogram = [0] * BINS
+        self.never_solved: list[str] = []
+        self.never_known: list[str] = []
+        self.right = self.wrong = self.unknown = 0
+        self._prompts: Counter[tuple[int, int]] = Counter()
+        """By known and right samples, the number of prompts: small, however many they are."""
+
+    def add(self, name: str, verdicts: Sequence[Verdict]) -> None:
+        """The verdicts on the samples of one more prompt, by its id."""
+        told = Counter(verdict.right for verdict in verdicts)
+        self.right, self.wrong, self.unknown = (
+            count + told[right] for right, count in ((True, self.right), (False, self.wrong), (None, self.unknown))
+        )
+        n, c = told[True] + told[False], told[True]
+        if not n:
+            self.never_known.append(name)
+            return
+        self._prompts[n, c] += 1
+        self.histogram[min(BINS - 1, BINS * c // n)] += 1
+        if not c:
+            self.never_solved.append(name)
+
+    def pass_at(self) -> dict[int, float]:
+        """By k = 1, 2, 4, ... the chance that one of k samples is right: the mean over prompts with k known samples.
+
+        As far as any prompt goes; see `pass_at_k`.
+        """
+        largest = max((n for n, _ in self._prompts), default=0)
+        means = {}
+        for k in (1 << power for power in range(largest.bit_length())):
+            counts = {found: count for found, count in self._prompts.items() if found[0] >= k}
+            right = math.fsum(count * pass_at_k(n, c, k) for (n, c), count in counts.items())
+            means[k] = right / sum(counts.values())
+        return means
 
 
 def choose(samples: Sequence[tuple[str, Verdict]], *, rule: Rule = "all", most: int | None = None) -> tuple[int, ...]:
@@ -73,41 +97,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"n={n}, c={c}, k={k}: needs 0 <= c <= n and 1 <= k <= n")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def difficulty(verdicts: Mapping[str, Sequence[Verdict]]) -> Difficulty:
-    """What the verdicts on the samples of every prompt, by its id, come to."""
-    counts = {name: _counts(of) for name, of in verdicts.items()}
-    known = {name: (right + wrong, right) for name, (right, wrong, _) in counts.items() if right + wrong}
-    rates = {name: c / n for name, (n, c) in known.items()}
-    histogram = [0] * BINS
-    for n, c in known.values():
-        histogram[min(BINS - 1, BINS * c // n)] += 1
-    right, wrong, unknown = (sum(column) for column in zip(*counts.values(), strict=True)) if counts else (0, 0, 0)
-    return Difficulty(
-        rates,
-        tuple(histogram),
-        _pass_at(list(known.values())),
-        tuple(name for name, (_, c) in known.items() if c == 0),
-        tuple(name for name in counts if name not in known),
-        right,
-        wrong,
-        unknown,
-    )
-
-
-def _counts(verdicts: Sequence[Verdict]) -> tuple[int, int, int]:
-    values = [verdict.right for verdict in verdicts]
-    return values.count(True), values.count(False), values.count(None)
-
-
-def _pass_at(known: list[tuple[int, int]]) -> dict[int, float]:
-    largest = max((n for n, _ in known), default=0)
-    means = {}
-    for k in (1 << power for power in range(largest.bit_length())):
-        values = [pass_at_k(n, c, k) for n, c in known if n >= k]
-        means[k] = math.fsum(values) / len(values)
-    return means
 
 
 def _farthest(texts: Mapping[int, str], most: int | None) -> list[int]:
