@@ -13,7 +13,7 @@ def find_dropout(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
     Attention takes its share as a number, which models keep as attention_dropout, dropout_prob or dropout.
     """
-    found = []
+    found: list[tuple[nn.Module, str]] = []
     for part in model.modules():
         if isinstance(part, _DropoutNd):
             found.append((part, "p"))
