@@ -160,7 +160,7 @@ def ablation_rows(seeds: Sequence[Found]) -> list[Row]:
 def describe(arguments: argparse.Namespace, seconds: float) -> dict[str, str]:
     """Where the numbers come from."""
     return {
-        "task": "MiniLM-L6 with a masked language model head that was fitted here, into 3 of its 6 layers, news text",
+        "task": "MiniLM-L6, trained here as a masked language model, into 3 of its 6 layers, news text",
         "nll": "of the tokens that masks hide in held-out text, a token; the same masks for every arm",
         "probe": "accuracy on held-out questions after fine-tuning on hard labels; untrained: the full arm's student "
         "before that",

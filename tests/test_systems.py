@@ -162,9 +162,9 @@ def test_distilbert_has_the_triple_loss_then_a_second_distillation(name):
     assert recipe.teacher.kind == "finetune"
 
 
-def test_a_teacher_without_a_head_gets_only_a_head_before_it_teaches():
+def test_a_teacher_without_a_head_learns_the_language_whole_before_it_teaches():
     general = phases_of(load_recipe(shipped_recipe("distilbert-sample")))[0]
-    assert (general.teacher.kind, general.teacher.learns) == ("finetune", "head")
+    assert (general.teacher.kind, general.teacher.learns) == ("finetune", "all")
 
 
 @pytest.mark.parametrize("name", ["intent", "intent-sample"])
