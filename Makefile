@@ -15,7 +15,7 @@ PYTHON ?=
 export PYTHON
 BIN := .venv/bin
 RECIPE ?= quickstart
-BEHIND_A_SERVER := r1-sample phi-sample
+BEHIND_A_SERVER := r1-sample phi-sample api-intent-sample
 DATA ?=
 CLINC150 := $(if $(DATA),--data $(DATA))
 PYTEST := $(BIN)/python -m pytest
