@@ -203,11 +203,14 @@ def ledger_forget(
         list[str] | None, typer.Argument(metavar="[ID]...", help="Requests, as `export` names them.")
     ] = None,
     user: Annotated[str | None, typer.Option("--user", help="All requests with data of this user.")] = None,
+    unusable: Annotated[
+        bool, typer.Option("--unusable", help="All requests whose answers could not be used, to ask them again.")
+    ] = False,
 ) -> None:
     """Delete requests with their answers for good, and name the runs that have used them."""
     from potstill.pipeline.ledgers import forget_in_ledger
 
-    for line in forget_in_ledger(ledger, ids or (), user):
+    for line in forget_in_ledger(ledger, ids or (), user, unusable=unusable):
         typer.echo(line)
 
 

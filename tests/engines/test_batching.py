@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 from tests.engines.test_author import Desk, questions
+from tests.servers.answers import answer_to
 from tests.servers.api import serve
+from tests.servers.faults import Settings
 
 from potstill.engines import batching
 from potstill.engines.batches import BatchState
@@ -253,3 +255,143 @@ def test_a_batch_larger_than_the_queue_becomes_smaller(desk):
         failed = fail(server, FULL, above=3)
         assert None not in desk.author(server, batch=True, attempts=1).ask(questions(16))
     assert len(failed) < 10
+
+
+# Answers that show that all others will be of no use
+
+
+ANOTHER = r"^teacher\.model: .* answers as 'another-7b', and 'teacher' was asked"
+
+
+def another_model_answers(patch, question: str = ""):
+    """Another model answers whatever has `question` in it."""
+
+    def answer(body, **options):
+        return answer_to(body, **options) | ({"model": "another-7b"} if question in str(body["messages"]) else {})
+
+    patch.setattr("tests.servers.batches.answer_to", answer)
+
+
+def states(desk, author, requests):
+    return [(record.state, record.reason) for record in map(desk.ledger.read, map(author.key_of, requests))]
+
+
+def test_a_batch_of_another_model_is_settled_and_the_last(desk):
+    with serve() as server:
+        worst = desk.author(server)._job(questions(1)[0]).worst
+        tokens = 10 * (worst.input_tokens + worst.output_tokens)
+        author = desk.author(server, batch=True, budget=Budget(tokens=tokens))
+        with pytest.MonkeyPatch.context() as patch:
+            another_model_answers(patch)
+            with pytest.raises(TeacherError, match=ANOTHER):
+                author.ask(questions(30))
+        (sent,) = (batch["request_counts"]["total"] for batch in server.batches.batches.values())
+        assert sent < 30
+        assert states(desk, author, questions(sent)) == [("given_up", "wrong_model")] * sent
+        assert desk.ledger.read(author.key_of(questions(1)[0])).raw is not None
+        assert desk.ledger.spent("run")[:2] == (sent, author.tally.tokens)
+        assert 0 < author.tally.tokens < tokens
+        assert desk.ledger.open_batches("run") == {}
+        # Whoever mends the endpoint has them asked again, and all others.
+        assert None not in desk.author(server, batch=True).ask(questions(30))
+
+
+def test_a_batch_stops_with_the_words_of_a_single_request(desk, monkeypatch):
+    another_model_answers(monkeypatch)
+    with serve(Settings(faults={"wrong_model": 1.0})) as server, pytest.raises(TeacherError) as alone:
+        desk.author(server, concurrency=1).ask(questions(1))
+    with serve() as other, pytest.raises(TeacherError) as batched:
+        desk.author(other, batch=True).ask(questions(1))
+    told = [str(alone.value).replace(server.url, "URL"), str(batched.value).replace(other.url, "URL")]
+    assert told[0] == told[1]
+
+
+def test_one_answer_of_another_model_among_good_ones_stops_too_and_only_it_is_asked_again(desk):
+    with serve() as server:
+        author = desk.author(server, batch=True)
+        with pytest.MonkeyPatch.context() as patch:
+            another_model_answers(patch, "question 2")
+            with pytest.raises(TeacherError, match=ANOTHER):
+                author.ask(questions(5))
+        good = ("answered", "")
+        assert states(desk, author, questions(5)) == [good, good, ("given_up", "wrong_model"), good, good]
+        again = desk.author(server, batch=True)
+        assert None not in again.ask(questions(5))
+        assert (again.tally.answered_before, again.tally.answered) == (4, 1)
+
+
+def test_a_batch_without_log_probabilities_stops_the_run(desk, monkeypatch):
+    monkeypatch.setattr("tests.servers.answers._chat_logprobs", lambda *_: None)
+    with serve() as server:
+        with pytest.raises(TeacherError, match=r"^teacher\.base_url: .* answers without logprobs"):
+            desk.author(server, batch=True).ask(questions(3, top_logprobs=4))
+        assert len(server.batches.batches) == 1
+
+
+def test_an_earlier_runs_batch_of_another_model_stops_before_anything_is_sent(tmp_path, monkeypatch):
+    path = tmp_path / "ledger.sqlite"
+    another_model_answers(monkeypatch)
+    with serve() as server:
+        with Ledger(path) as ledger:
+            left_waiting(Desk(ledger), server)
+        with Ledger(path) as ledger:
+            author = Desk(ledger).author(server, batch=True)
+            with pytest.raises(TeacherError, match=ANOTHER):
+                author.ask(questions(20))
+            assert len(server.batches.batches) == 1
+            assert ledger.open_batches("run") == {}
+            assert set(states(Desk(ledger), author, questions(5))) == {("given_up", "wrong_model")}
+
+
+def test_an_earlier_runs_batch_of_what_is_not_asked_any_more_stops_nothing(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    with serve() as server:
+        with Ledger(path) as ledger:
+            left_waiting(Desk(ledger), server)
+        with Ledger(path) as ledger, pytest.MonkeyPatch.context() as patch:
+            another_model_answers(patch, "question")
+            server.batches._finish(server.batches.batches["batch-0"])
+            patch.undo()
+            assert None not in Desk(ledger).author(server, batch=True).ask(questions(3, start=90))
+            assert ledger.open_batches("run") == {}
+
+
+def test_of_other_batches_what_is_there_is_collected_and_the_rest_is_left_to_the_next_run(desk, monkeypatch):
+    monkeypatch.setattr(batching, "MOST_REQUESTS", 2)
+    another_model_answers(monkeypatch, "question 0")
+    real = batching.poll
+
+    async def poll(endpoint, batch):
+        return await (never_done() if batch == "batch-1" else real(endpoint, batch))
+
+    monkeypatch.setattr(batching, "poll", poll)
+    with serve() as server:
+        server.batches._advance = lambda batch: (server.batches._finish(batch), batch)[1]
+        with pytest.raises(TeacherError, match=ANOTHER):
+            desk.author(server, batch=True).ask(questions(6))
+        assert list(desk.ledger.open_batches("run")) == ["batch-1"]
+        monkeypatch.undo()
+        again = desk.author(server, batch=True)
+        assert None not in again.ask(questions(6))
+        assert (len(server.batches.batches), again.tally.answered) == (4, 1)
+
+
+# More than may be
+
+
+def test_a_batch_that_took_more_than_it_may_is_settled_and_the_last(desk):
+    with serve(Settings(answer=lambda _: "w " * 5000)) as server:
+        author = desk.author(server, batch=True, budget=Budget(tokens=1_000))
+        with pytest.raises(TeacherError, match=r"^teacher\.budget: .* took 5,0\d\d tokens .* max_tokens"):
+            author.ask(questions(20))
+        assert len(server.batches.batches) == 1
+        spent = desk.ledger.spent("run")
+        assert spent[1] == author.tally.tokens > 5000 * spent[0]
+        assert desk.ledger.open_batches("run") == {}
+        assert author.tally.answered == spent[0] > 0
+
+
+def test_where_no_budget_is_to_be_kept_an_answer_may_be_longer(desk):
+    with serve(Settings(answer=lambda _: "w " * 5000)) as server:
+        author = desk.author(server, batch=True, budget=Budget(requests=10))
+        assert None not in author.ask(questions(5))

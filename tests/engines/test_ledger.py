@@ -265,6 +265,24 @@ def test_forgetting_leaves_no_trace_but_the_payment(path):
     assert {(account.state, account.attempts) for account in read_accounts(path)} == {("answered", 1), ("forgotten", 2)}
 
 
+def test_all_that_could_not_be_used_is_forgotten_at_once_and_nothing_else(path):
+    ends = [answer(), *[Outcome("quarantined", COST, "empty", raw=b"{}")] * 2, Outcome("given_up", COST, "http_400")]
+    with Ledger(path) as ledger:
+        for number, end in enumerate(ends):
+            settle(ledger, claim(ledger, asked(number, user="ada")).attempt, end)
+        claim(ledger, asked(4))
+        ledger.record_use([asked(0).key], "/runs/a", "generate")
+        ledger.record_use([asked(2).key], "/runs/b", "generate")
+        paid = ledger.spent("run")
+    forgotten = forget_requests(path, unusable=True)
+    assert (forgotten.requests, forgotten.affected) == (2, (("/runs/b", "generate"),))
+    with Ledger(path) as ledger:
+        assert [number for number in range(5) if ledger.read(asked(number).key) is None] == [1, 2]
+        assert ledger.spent("run") == paid
+        assert claim(ledger, asked(1)).verdict == "send"
+    assert forget_requests(path, unusable=True).requests == 0
+
+
 def test_forgetting_says_when_a_trace_may_stay_in_the_log_of_another_process(path):
     with Ledger(path) as ledger:
         settle(ledger, claim(ledger, asked(1)).attempt, answer())

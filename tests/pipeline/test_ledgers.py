@@ -69,6 +69,40 @@ def test_forgetting_a_user_names_the_runs_that_used_the_answers(path):
     assert any("forgotten" in line for line in describe_ledger(path))
 
 
+def put_aside(path) -> None:
+    """Two requests of a run, with answers that cannot be used."""
+    with Ledger(path) as ledger:
+        for number in range(10, 12):
+            key = request_key("m", "chat", f'{{"number": {number}}}', 0)
+            asked = Asked(key, f'{{"number": {number}}}', "m", "https://a/v1", "second")
+            attempt = ledger.claim(asked, Spend(100, 100, 9), Budget()).result().attempt
+            ledger.settle(attempt, Outcome("quarantined", Spend(5, 7, 4), "empty", raw=b"{}")).result()
+            ledger.record_use([key], "/runs/r2", "generate")
+
+
+def test_all_that_could_not_be_used_is_forgotten_to_be_asked_again(path):
+    put_aside(path)
+    before = [line.split() for line in describe_ledger(path) if "answered" in line or "given_up" in line]
+    first, second = forget_in_ledger(path, [], None, unusable=True)
+    assert "2 requests are forgotten" in first
+    assert "/runs/r2" in second
+    assert "asks them again" in second
+    lines = [line.split() for line in describe_ledger(path)]
+    assert [line for line in lines if "answered" in line or "given_up" in line] == before
+    assert not any("quarantined" in line for line in lines)
+    (none,) = forget_in_ledger(path, [], None, unusable=True)
+    assert "0 requests are forgotten" in none
+
+
+@pytest.mark.parametrize(("ids", "user"), [(["00" * 16], None), ([], "ada")])
+def test_what_could_not_be_used_is_forgotten_by_itself(path, ids, user):
+    put_aside(path)
+    before = list(describe_ledger(path))
+    with pytest.raises(StoreError, match=r"^ledger forget: .*--unusable.* in two commands\."):
+        list(forget_in_ledger(path, ids, user, unusable=True))
+    assert list(describe_ledger(path)) == before
+
+
 @pytest.mark.parametrize(
     ("ids", "message"), [([], "nothing to forget"), (["xyz"], "32 hexadecimal digits"), (["00"], "32")]
 )
@@ -94,3 +128,13 @@ def test_the_front_door_leads_there(path, tmp_path):
     assert "4 requests" in run(app, ["ledger", "export", str(path), str(tmp_path / "x.jsonl")]).stdout
     name = json.loads((tmp_path / "x.jsonl").read_text().splitlines()[0])["id"]
     assert "1 requests are forgotten" in run(app, ["ledger", "forget", str(path), name]).stdout
+
+
+def test_the_front_door_forgets_what_could_not_be_used(path):
+    put_aside(path)
+    run = CliRunner().invoke
+    assert "--unusable" in run(app, ["ledger", "forget", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).stdout
+    found = run(app, ["ledger", "forget", str(path), "--unusable"])
+    assert found.exit_code == 0
+    assert "2 requests are forgotten" in found.stdout
+    assert "/runs/r2" in found.stdout

@@ -82,10 +82,13 @@ def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
             yield _exported(path, row)
 
 
-def forget_requests(path: Path, *, keys: Sequence[bytes] = (), user: str | None = None) -> Forgotten:
-    """Deletes requests by key, or all of a user, and overwrites what was deleted, in the write-ahead log too.
+def forget_requests(
+    path: Path, *, keys: Sequence[bytes] = (), user: str | None = None, unusable: bool = False
+) -> Forgotten:
+    """Deletes requests by key, or all of a user, or all that are quarantined (`unusable`), to be asked again.
 
-    What was asked for several users is forgotten with the first of them.
+    What was deleted is overwritten, in the write-ahead log too. What was asked for several users is forgotten with the
+    first of them.
 
     Raises StoreError where another process holds the ledger open, so that its log cannot be emptied: end it, and
     forget again.
@@ -98,6 +101,8 @@ def forget_requests(path: Path, *, keys: Sequence[bytes] = (), user: str | None 
             if user:
                 theirs = "SELECT key FROM requests WHERE user = ?1 UNION SELECT key FROM users WHERE user = ?1"
                 db.execute(f"INSERT OR IGNORE INTO leaving {theirs}", (whole(user),))
+            if unusable:
+                db.execute("INSERT OR IGNORE INTO leaving SELECT key FROM requests WHERE state = 'quarantined'")
             affected = _delete(db)
         db.execute("VACUUM")
         db.execute(f"PRAGMA busy_timeout = {_CHECKPOINT_MS}")

@@ -25,7 +25,21 @@ from potstill.engines.tally import TallyCounter
 from potstill.errors import PotstillError, TeacherError
 from potstill.types import Request
 
-__all__ = ["BUSY_S", "FAILED", "KNOWN", "Asker", "Attempt", "Call", "Job", "Stopping", "Terms", "job_of", "unread"]
+__all__ = [
+    "BUSY_S",
+    "FAILED",
+    "KNOWN",
+    "Asker",
+    "Attempt",
+    "Call",
+    "Job",
+    "Stopping",
+    "Terms",
+    "explain_excess",
+    "explain_unserved",
+    "job_of",
+    "unread",
+]
 
 KNOWN = ("answered", "quarantined")
 """States of requests that are never sent again."""
@@ -98,6 +112,39 @@ def unread(ledger: Ledger, jobs: Iterable[Job], call: Call) -> Iterator[Job | No
         else:
             yield job
         seen.add(key)
+
+
+def explain_unserved(endpoint: Endpoint, reason: str, raw: bytes) -> str:
+    """Why no request can succeed, by the reason of an `Unserved`: the answer is another's, or lacks what was asked."""
+    url = endpoint.base_url
+    if reason == "wrong_model":
+        return (
+            f"teacher.model: {url} answers as {said_in(raw)[0][:100]!r}, and {endpoint.model!r} was asked for. Set "
+            "teacher.model to the name that answers if that is the model you want, or ask an endpoint that serves "
+            "yours."
+        )
+    if reason == "no_logprobs":
+        return (
+            f"teacher.base_url: {url} answers without logprobs, the log-probabilities of what it writes. Ask an "
+            "endpoint that gives them, such as vLLM, or for labels only: teacher.signal: label."
+        )
+    return (
+        f"teacher.base_url: {url} answers without prompt_logprobs, the log-probabilities of "
+        "given text, which vLLM adds to the protocol. Serve the model with vLLM, or have it write: add generate."
+    )
+
+
+def explain_excess(endpoint: Endpoint, budget: Budget, worst: Spend, spent: Spend) -> str:
+    """Why a budget cannot be kept: an attempt took more than the `worst` case that was set aside. Empty where not so,
+    or where neither tokens nor dollars are limited.
+    """
+    if _total(spent) <= _total(worst) or (budget.tokens is None and budget.usd is None):
+        return ""
+    return (
+        f"teacher.budget: {endpoint.base_url} took {_total(spent):,} tokens for a request that may take "
+        f"{_total(worst):,}, {worst.output_tokens:,} of them in the answer: it does not keep to max_tokens, so no "
+        "budget can be kept. Raise max_tokens to what the model writes, or ask another endpoint."
+    )
 
 
 def _ended_by(error: BadAnswer) -> State:
@@ -196,44 +243,17 @@ class Asker:
         self.pace.refund(0, max(0, left))
         has_ended = outcome.state != "reserved" and verdict != "stop"
         if verdict == "stop":
-            call.fail(TeacherError(self._why(attempt.reply, outcome)))
+            reply, endpoint = attempt.reply, self.endpoint
+            refused = endpoint.refusal(reply) if reply.problem else ""
+            call.fail(TeacherError(refused or explain_unserved(endpoint, outcome.reason, reply.raw)))
         elif has_ended:
             call.count_ended(outcome)
             self.pace.breaker.record(outcome.reason)
         else:
             call.count.retried[outcome.reason] += 1
-        budget = self.terms.budget
-        if left < 0 and (budget.tokens is not None or budget.usd is not None):
-            call.fail(TeacherError(self._excess(job, outcome)))
+        if excess := explain_excess(self.endpoint, self.terms.budget, job.worst, outcome.spent):
+            call.fail(TeacherError(excess))
         return has_ended or verdict == "stop"
-
-    def _why(self, reply: Reply, outcome: Outcome) -> str:
-        """Why no request can succeed: the server says so, or its answer is another's or lacks what was asked for."""
-        url = self.endpoint.base_url
-        if reply.problem:
-            return self.endpoint.refusal(reply)
-        if outcome.reason == "wrong_model":
-            return (
-                f"teacher.model: {url} answers as {said_in(reply.raw)[0][:100]!r}, and {self.endpoint.model!r} was "
-                "asked for. Set teacher.model to the name that answers if that is the model you want, or ask an "
-                "endpoint that serves yours."
-            )
-        if outcome.reason == "no_logprobs":
-            return (
-                f"teacher.base_url: {url} answers without logprobs, the log-probabilities of what it writes. Ask an "
-                "endpoint that gives them, such as vLLM, or for labels only: teacher.signal: label."
-            )
-        return (
-            f"teacher.base_url: {url} answers without prompt_logprobs, the log-probabilities of "
-            "given text, which vLLM adds to the protocol. Serve the model with vLLM, or have it write: add generate."
-        )
-
-    def _excess(self, job: Job, outcome: Outcome) -> str:
-        return (
-            f"teacher.budget: {self.endpoint.base_url} took {_total(outcome.spent):,} tokens for a request that may "
-            f"take {_total(job.worst):,}, {job.worst.output_tokens:,} of them in the answer: it does not keep to "
-            "max_tokens, so no budget can be kept. Raise max_tokens to what the model writes, or ask another endpoint."
-        )
 
     def _judge(self, job: Job, attempt: Attempt) -> tuple[Outcome, Verdict]:
         reply, verdict = attempt.reply, judge(attempt.reply)

@@ -1,7 +1,8 @@
 """Asking through a provider's batch API: half the price, hours later, the same ledger and budget.
 
 A batch is in the ledger before it is sent, so that a later run finds it, waits for it and collects it. Refuses to ask
-an unusable answer of a batch again: it is quarantined at once.
+an unusable answer of a batch again: it is quarantined at once. Refuses to send another batch when the answers of one
+show that all others will be of no use, or that no budget can be kept.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
-from potstill.engines.asking import Call, Job, Terms, unread
+from potstill.engines.asking import Call, Job, Terms, explain_excess, explain_unserved, unread
 from potstill.engines.batches import (
     MOST_BYTES,
     MOST_REQUESTS,
@@ -27,12 +28,14 @@ from potstill.engines.batches import (
     split,
     upload,
 )
+from potstill.engines.completions import BadAnswer, Unserved
 from potstill.engines.ledger import Claim, Ledger, Outcome, Spend
 from potstill.engines.ledger_batches import explain_pending, nameless, nonce_of, owner_of
 from potstill.engines.openai import Endpoint
 from potstill.engines.replies import Allowance, Reply, judge
 from potstill.engines.spent import said_in, spend_of
 from potstill.errors import TeacherError
+from potstill.types import Request
 
 __all__ = ["BatchAsker"]
 
@@ -54,15 +57,20 @@ class BatchAsker:
         self._endpoint, self._ledger, self._terms = endpoint, ledger, terms
         self._tried: Counter[bytes] = Counter()
         self._claimed: dict[str, tuple[Job, int]] = {}
+        self._sent: dict[bytes, Request] = {}
         self._held: list[Claim] = []
-        self._is_short = False
+        self._is_short, self._failure = False, ""
         self._most, self._limit_wait_s = MOST_REQUESTS, 0.0
 
     async def ask(self, jobs: Callable[[], Iterable[Job]], call: Call) -> None:
-        """Waits for batches of earlier runs, then asks what is missing. `jobs` gives all jobs anew each time."""
+        """Waits for batches of earlier runs, then asks what is missing. `jobs` gives all jobs anew each time.
+
+        Raises TeacherError where answers show that to go on is of no use, when they are in the ledger.
+        """
         watcher = asyncio.create_task(call.watch())
         try:
             await self._adopt_all(call)
+            self._recall(jobs())
             await self._collect_all(call)
             missing: Iterator[Job | None] = unread(self._ledger, jobs(), call)
             while not call.ended.is_set():
@@ -73,6 +81,8 @@ class BatchAsker:
             self._count(jobs(), call)
         finally:
             watcher.cancel()
+        if call.failure is not None:
+            raise call.failure
 
     async def _may_wait(self, call: Call) -> bool:
         """Nothing could be sent: whether that may change by itself."""
@@ -140,7 +150,9 @@ class BatchAsker:
         before = nameless(self._ledger.owner, nonce)
         self._ledger.record_batch(before, self._terms.run, attempts)
         for name, _ in part:
-            self._tried[self._claimed.pop(name)[0].asked.key] += 1
+            job = self._claimed.pop(name)[0]
+            self._tried[job.asked.key] += 1
+            self._sent[job.asked.key] = job.request
         try:
             batch = await create(self._endpoint, file, nonce)
         except LostReply:
@@ -173,6 +185,12 @@ class BatchAsker:
         self._ledger.finish_batch(before)
         return False
 
+    def _recall(self, jobs: Iterable[Job]) -> None:
+        """What was asked in batches of earlier runs: without it their answers could not be judged."""
+        waiting = {key for attempts in self._ledger.open_batches(self._terms.run).values() for key in attempts}
+        if waiting:
+            self._sent.update((job.asked.key, job.request) for job in jobs if job.asked.key in waiting)
+
     def _still_missing(self, jobs: Iterable[Job]) -> Iterator[Job | None]:
         """Those that may be sent once more; None for every other, so that the loop may breathe."""
         seen: set[bytes] = set()
@@ -192,17 +210,23 @@ class BatchAsker:
         limited = []
         for batch, attempts in waiting.items():
             state = await self._wait(batch, call)
-            if state is None or not await self._collect(batch, state, attempts, call):
-                return
-            if state.status == "failed":
-                self._check_failure(batch, state)
-                limited.append(attempts)
-        await self._wait_for_room(limited, len(waiting), call)
+            if state is not None and await self._collect(batch, state, attempts, call):
+                if state.status == "failed" and not self._failure:
+                    self._check_failure(batch, state)
+                    limited.append(attempts)
+            elif call.ended.is_set():
+                break
+        if self._failure:
+            call.fail(TeacherError(self._failure))
+        elif not call.ended.is_set():
+            await self._wait_for_room(limited, len(waiting), call)
 
     async def _wait(self, batch: str, call: Call) -> BatchState | None:
-        """What the batch came to; None where somebody says stop before."""
+        """What the batch came to; None where somebody says stop before, or it would keep a failure from being told."""
         wait_s = _FIRST_WAIT_S
         while not (state := await poll(self._endpoint, batch)).done:
+            if self._failure:
+                return None
             await call.pause(wait_s)
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
             if call.ended.is_set():
@@ -216,7 +240,7 @@ class BatchAsker:
         async for name, status, raw in collect(self._endpoint, batch):
             attempt = left.pop(name, None)
             if attempt is not None:
-                group.append((attempt, self._outcome(attempt, status, raw)))
+                group.append((attempt, self._outcome(name, attempt, status, raw)))
             if len(group) == _GROUP:
                 self._settle(group, call)
                 group = []
@@ -262,14 +286,33 @@ class BatchAsker:
         """These attempts cost nothing, and may be made again."""
         self._settle([(attempt, Outcome("reserved", self._nothing(), reason)) for attempt in attempts], call)
 
-    def _outcome(self, attempt: int, status: int, raw: bytes) -> Outcome:
+    def _outcome(self, name: str, attempt: int, status: int, raw: bytes) -> Outcome:
         if status == 200:
             model, usage = said_in(raw)
-            spent = spend_of(usage, self._terms.price) if usage else self._ledger.set_aside(attempt)
-            return Outcome("answered", spent, raw=raw, served=model, usage=usage)
+            worst = self._ledger.set_aside(attempt)
+            spent = spend_of(usage, self._terms.price) if usage else worst
+            unserved = self._unserved(name, raw)
+            why = explain_unserved(self._endpoint, unserved, raw) if unserved else ""
+            excess = explain_excess(self._endpoint, self._terms.budget, worst, spent)
+            self._failure = self._failure or why or excess
+            # The next run asks again what an endpoint did not serve: by then it may be mended.
+            return Outcome("given_up" if unserved else "answered", spent, unserved, raw, model, usage)
         problem = f"http_{status}" if status else "connection"
         verdict = judge(Reply(status, raw, Allowance(), problem, 0.0))
         return Outcome("given_up" if verdict == "give_up" else "reserved", self._nothing(), problem)
+
+    def _unserved(self, name: str, raw: bytes) -> str:
+        """The reason where an answer is another model's or lacks what was asked for, as all others will; else empty.
+
+        Empty, too, for a request of an earlier run that is none of this one's.
+        """
+        request = self._sent.pop(bytes.fromhex(name), None)
+        try:
+            if request is not None:
+                self._endpoint.parse(raw, request)
+        except BadAnswer as error:
+            return error.reason if isinstance(error, Unserved) else ""
+        return ""
 
     def _nothing(self) -> Spend:
         return Spend(0, 0, None if self._terms.price is None else 0)

@@ -58,17 +58,35 @@ def export_ledger(path: Path, target: Path) -> str:
     return f"{target}: {count:,} requests."
 
 
-def forget_in_ledger(path: Path, ids: Sequence[str], user: str | None) -> Iterator[str]:
-    """Deletes requests by id or user; lines: how many, and which runs had used them. Raises StoreError."""
-    if not ids and not user:
-        raise StoreError("ledger forget: got nothing to forget. Give ids of requests, or --user NAME.")
-    forgotten = forget_requests(path, keys=[_key(name) for name in ids], user=user)
+def forget_in_ledger(path: Path, ids: Sequence[str], user: str | None, *, unusable: bool = False) -> Iterator[str]:
+    """Deletes requests by id or user, or all that are quarantined (`unusable`), which are asked again then.
+
+    Lines: how many, and which runs had used them. Raises StoreError.
+    """
+    if not (ids or user or unusable):
+        raise StoreError("ledger forget: got nothing to forget. Give ids of requests, --user NAME, or --unusable.")
+    if unusable and (ids or user):
+        # All of both, or only what is in both: whoever means the one would lose, or keep, what they did not mean to.
+        raise StoreError(
+            "ledger forget: got --unusable with ids or --user, and needs one of them: --unusable is all that could not "
+            "be used, whoever it was asked for. Forget in two commands."
+        )
+    forgotten = forget_requests(path, keys=[_key(name) for name in ids], user=user, unusable=unusable)
     yield f"{path}: {forgotten.requests:,} requests are forgotten; what they cost stays counted."
     for run_folder, stage in forgotten.affected:
-        yield (
-            f"affected: {run_folder} ({stage} used their answers). Delete its {stage} folder and run its recipe again, "
-            "so that data set and student are made without them."
+        yield _affected(run_folder, stage, unusable=unusable)
+
+
+def _affected(run_folder: str, stage: str, *, unusable: bool) -> str:
+    if unusable:
+        return (
+            f"affected: {run_folder} ({stage} had no use of their answers). Delete its {stage} folder and run its "
+            "recipe again, which asks them again."
         )
+    return (
+        f"affected: {run_folder} ({stage} used their answers). Delete its {stage} folder and run its recipe again, "
+        "so that data set and student are made without them."
+    )
 
 
 def _key(name: str) -> bytes:
