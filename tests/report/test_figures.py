@@ -70,6 +70,15 @@ def test_without_agreement_the_speed_picture_shows_kl(story):
     assert figures[0].caption.startswith("Down and to the right")
 
 
+def test_where_no_teacher_can_be_compared_with_the_speed_picture_shows_what_was_measured(story):
+    kept = tuple(m for m in story.measurements if m.name not in ("agreement", "kl_to_teacher"))
+    assert speed_figures(replace(story, measurements=kept))[0].title == "Negative log-likelihood against decode speed"
+    solved = tuple(
+        replace(m, name="pass_at_1", unit="share") if m.name == "agreement" else m for m in story.measurements
+    )
+    assert speed_figures(replace(story, measurements=solved))[0].title == "pass@1 against decode speed"
+
+
 def test_what_was_not_measured_is_not_drawn(story):
     bare = replace(story, measurements=(), curves={})
     assert speed_figures(bare) == training_figures(bare) == validation_figures(bare) == []

@@ -70,10 +70,10 @@ def speed_figures(story: Story) -> list[Figure]:
 
 
 def _main(story: Story) -> str | None:
-    """The name of what is drawn upwards: for language models what compares with the teacher."""
+    """The name of what is drawn upwards: for language models what compares with the teacher, where it is here."""
     names = {measurement.name for measurement in story.measurements if measurement.arm != "teacher"}
     if kind_of(story.task) in ("language_model", "masked_lm"):
-        return next((name for name in ("agreement", "kl_to_teacher") if name in names), None)
+        return next((name for name in ("pass_at_1", "agreement", "kl_to_teacher", "nll") if name in names), None)
     measured = main_measure(story)
     return measured.name if measured else None
 
