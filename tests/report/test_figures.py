@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from potstill.report import CurvePoint
 from potstill.report.curves import training_figures, validation_figures
 from potstill.report.figures import recovered_figure
+from potstill.report.story import TaskFacts
 from potstill.report.tradeoff import _dodge, speed_figures
 
 
@@ -76,7 +77,8 @@ def test_where_no_teacher_can_be_compared_with_the_speed_picture_shows_what_was_
     solved = tuple(
         replace(m, name="pass_at_1", unit="share") if m.name == "agreement" else m for m in story.measurements
     )
-    assert speed_figures(replace(story, measurements=solved))[0].title == "pass@1 against decode speed"
+    decode, prefill = speed_figures(replace(story, measurements=solved, task=TaskFacts("written")))
+    assert (decode.title, prefill.title) == ("pass@1 against decode speed", "pass@1 against prefill speed")
 
 
 def test_what_was_not_measured_is_not_drawn(story):

@@ -64,7 +64,7 @@ def speed_figures(story: Story) -> list[Figure]:
     main = _main(story)
     if main is None:
         return []
-    kinds = {"language_model": _GENERATING, "masked_lm": _READING}
+    kinds = {"language_model": _GENERATING, "written": _GENERATING, "masked_lm": _READING}
     figures = (_speed_figure(story, main, axes) for axes in kinds.get(kind_of(story.task), _SERVING))
     return [figure for figure in figures if figure is not None]
 
@@ -73,7 +73,7 @@ def _main(story: Story) -> str | None:
     """The name of what is drawn upwards: for language models what compares with the teacher, where it is here."""
     names = {measurement.name for measurement in story.measurements if measurement.arm != "teacher"}
     if kind_of(story.task) in ("language_model", "masked_lm"):
-        return next((name for name in ("pass_at_1", "agreement", "kl_to_teacher", "nll") if name in names), None)
+        return next((name for name in ("agreement", "kl_to_teacher", "nll") if name in names), None)
     measured = main_measure(story)
     return measured.name if measured else None
 
