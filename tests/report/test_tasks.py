@@ -386,6 +386,23 @@ def test_an_untrained_student_does_not_press_the_picture_of_speed_together():
     assert "Far below" not in figure.caption
 
 
+def test_what_nobody_verified_is_not_asked_for_verdicts(tmp_path):
+    named = {("untrained", "nll"): 12.4, ("student", "nll"): 3.8, ("student", "decode_tokens_per_s"): 80.0}
+    own = tuple(_row(arm, name, value) for (arm, name), value in named.items())
+    samples = (Sample("What is a map?", "", {"student": "A picture of a place."}),)
+    story = replace(planted("classification"), measurements=own, samples=samples, has_control=False, curves={})
+    story = replace(
+        story, task=TaskFacts("unverified"), classes=None, confusions=(), slices=(), phases=(), reliability={}
+    )
+    page, markdown, card = texts_of(story, tmp_path)
+    for text in (page, markdown, card):
+        assert "nothing verifies them" in text
+        assert "pass@1" not in text
+        assert "control.enabled" not in text
+        assert "the answer that its row holds" not in text.lower()
+    assert [figure.title for figure in speed_figures(story)] == ["NLL of the teacher's answers against decode speed"]
+
+
 def test_page_markdown_and_card_tell_the_same(tmp_path):
     page, markdown, card = texts_of(planted("classification"), tmp_path)
     for words in (

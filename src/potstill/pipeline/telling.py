@@ -136,11 +136,17 @@ def _read(path: Path, absent: Any) -> Any:
     return read_json(path) if path.exists() else absent
 
 
+def _kind(recipe: Recipe) -> str:
+    if recipe.generate is None:
+        return recipe.task.kind
+    return "unverified" if recipe.generate.verify is None else "written"
+
+
 def _task(recipe: Recipe, prepared: Mapping[str, Any]) -> TaskFacts:
     task, price = recipe.task, recipe.evaluation.price
     scope = task.out_of_scope if isinstance(task, Classification) else None
     return TaskFacts(
-        "written" if recipe.generate else task.kind,
+        _kind(recipe),
         tuple(prepared.get("labels", ())),
         multi_label=isinstance(task, Classification) and task.multi_label,
         pooling=task.pooling if isinstance(task, Classification | Embedding) else "",

@@ -20,7 +20,7 @@ def name_task(task: TaskFacts | None) -> str:
     match kind_of(task):
         case "masked_lm":
             return "saying masked tokens"
-        case "written":
+        case "written" | "unverified":
             return "answering prompts as the teacher's answers do"
         case "classification":
             return f"saying the class of a text{_count(task, 'classes')}"
@@ -109,6 +109,8 @@ def explain_arms(story: Story) -> str:
 def _explain_control(story: Story) -> str:
     if kind_of(story.task) == "embedding":
         return "there is no control arm, since vectors have no hard labels"
+    if kind_of(story.task) == "unverified":
+        return "there is no control arm, since nothing verifies the teacher's answers"
     if kind_of(story.task) == "written":
         return _explain_unverified(story)
     if not story.has_control:
@@ -129,7 +131,7 @@ def _explain_control(story: Story) -> str:
 
 def _explain_unverified(story: Story) -> str:
     if not story.has_control:
-        return "there is no control arm, since no answers were verified that could be compared with unverified ones"
+        return "a control arm (the same student trained on unverified answers) was not run"
     return (
         "control is the same initial student, trained for as many steps on as many of the teacher's answers to the "
         "same prompts, cleaned and chosen by the same rule, right or wrong, so that the difference to it is what "

@@ -44,6 +44,9 @@ _LEADS = {
         _Lead("pass_at_1", "answers {value} of held-out prompts rightly{interval}", "pass@1"),
         _Lead("nll", "predicts its teacher's answers at {value} per token (NLL){interval}", "NLL"),
     ),
+    "unverified": (
+        _Lead("nll", "predicts its teacher's answers at {value} per token (NLL){interval}", "NLL"),
+    ),
     "masked_lm": (
         _Lead("agreement", "agrees with its teacher on {value} of masked tokens{interval}", "agreement"),
         _Lead("kl_to_teacher", "is {value} per masked token (KL) away from its teacher{interval}", "KL to the teacher"),
@@ -142,7 +145,7 @@ def _achieve(story: Story, arm: str, lead: _Lead) -> str:
     said, kind = _fill(lead.sentence, find(story, arm, lead.name)), kind_of(story.task)
     if kind in ("language_model", "masked_lm"):
         return said
-    if kind == "written":
+    if kind in ("written", "unverified"):
         others = [(arm, find(story, arm, lead.name)) for arm in ("teacher", "untrained")]
         return said + "".join(_fill(f"; {arm}: {{value}}", found) for arm, found in others)
     if story.task is not None and story.task.out_of_scope is not None:

@@ -281,6 +281,7 @@ _VECTORS = (
 _QUANTITIES: dict[str, tuple[Metric, ...]] = {
     "language_model": _LANGUAGE,
     "written": _WRITTEN,
+    "unverified": tuple(metric for metric in _WRITTEN if metric.name not in ("pass_at_1", "retention")),
     "masked_lm": _MASKED,
     "classification": _CLASSES,
     "multi_label": _LABELS,
@@ -311,6 +312,7 @@ _ALL_RIGHT: _Compared = (
 _PAIRED: dict[str, tuple[str, tuple[_Compared, ...]]] = {
     "language_model": ("per token", (_AGREEMENT, _KL, _NLL)),
     "written": ("per token", (_PASS, _NLL)),
+    "unverified": ("per token", (_NLL,)),
     "masked_lm": ("per masked token", (_AGREEMENT, _KL, _NLL)),
     "classification": ("per text", (_RIGHT, _F1, _AGREEMENT, _KL, _NLL)),
     "multi_label": ("per label", (_F1, _ALL_RIGHT, _AGREEMENT, _KL, _NLL)),

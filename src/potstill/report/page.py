@@ -78,7 +78,8 @@ def _gain_titles(story: Story) -> tuple[tuple[str, str], ...]:
     untrained = ("untrained", "What training added: the student against its untrained self")
     if kind_of(story.task) == "written":
         control = ("control", "What verification added: the student against the control arm")
-    if kind_of(story.task) == "embedding":  # without hard labels there is no control arm to be missed
+    # Without hard labels, or a verifier, there is no control arm to be missed.
+    if kind_of(story.task) in ("embedding", "unverified"):
         return (untrained,) if gain_rows(story, "untrained") else ()
     return control, untrained
 

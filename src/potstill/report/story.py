@@ -145,8 +145,8 @@ class SignalFacts:
 class TaskFacts:
     """What the student was to do.
 
-    kind          language_model, written (one that answers prompts), masked_lm, classification, token_classification,
-                  embedding
+    kind          language_model, masked_lm, classification, token_classification, embedding; of a language model that
+                  answers prompts as its teacher wrote: written where these answers were verified, else unverified
     labels        their names, in order; empty where there are none
     multi_label   whether a text bears any number of labels, instead of exactly one
     pooling       how the states of all tokens become one: "cls" or "mean"; empty where they do not

@@ -55,6 +55,19 @@ def _written_tiles(story: Story) -> list[Tile]:
     ]
 
 
+def _unverified_tiles(story: Story) -> list[Tile]:
+    untrained = find(story, "untrained", "nll")
+    before = f"untrained: {format_measurement(untrained)}" if untrained else ""
+    return [
+        _tile(story, "NLL of the teacher's answers", "nll", before),
+        _tile(story, "Gain from training", "nll_gain_over_untrained", "NLL, over the untrained student"),
+        _tile(story, "Parameters", "parameters", _share_of_teacher(story)),
+        _tile(story, "Size on disk", "folder_bytes", ""),
+        _tile(story, "Prefill speed", "prefill_tokens_per_s", "on the machine named below"),
+        _tile(story, "Decode speed", "decode_tokens_per_s", "on the machine named below"),
+    ]
+
+
 def _masked_tiles(story: Story) -> list[Tile]:
     return [
         _tile(story, "Agreement with the teacher", "agreement", "same most probable token at a mask"),
@@ -100,6 +113,7 @@ _TILES: dict[str, Callable[[Story], list[Tile]]] = {
     "language_model": _language_tiles,
     "masked_lm": _masked_tiles,
     "written": _written_tiles,
+    "unverified": _unverified_tiles,
     "classification": _class_tiles,
     "multi_label": _class_tiles,
     "token_classification": _class_tiles,

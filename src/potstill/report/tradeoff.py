@@ -64,7 +64,7 @@ def speed_figures(story: Story) -> list[Figure]:
     main = _main(story)
     if main is None:
         return []
-    kinds = {"language_model": _GENERATING, "written": _GENERATING, "masked_lm": _READING}
+    kinds = {"language_model": _GENERATING, "written": _GENERATING, "unverified": _GENERATING, "masked_lm": _READING}
     figures = (_speed_figure(story, main, axes) for axes in kinds.get(kind_of(story.task), _SERVING))
     return [figure for figure in figures if figure is not None]
 

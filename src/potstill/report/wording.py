@@ -103,21 +103,27 @@ _TEXTS = Wording(
     no_control=_NO_CONTROL,
     pipeline="text-classification",
 )
+_WRITTEN = replace(
+    _LANGUAGE,
+    answer="answer",
+    answers="answers",
+    places="prompts",
+    documents="prompts",
+    samples="Held-out prompts and every arm's first answer. Anecdotes, not evidence: the numbers above are the "
+    "evidence.",
+    truth="the answer that its row holds",
+    silent="nothing, or an answer that was cut off",
+    unmeasured="Prompts of other kinds than the held-out ones, abilities that the student had before and may have "
+    "lost, safety, other languages, and speed on other machines, batch sizes or serving software.",
+    no_control="What verification added is unknown: this run has no control arm.",
+)
 _WORDINGS = {
     "language_model": _LANGUAGE,
-    "written": replace(
-        _LANGUAGE,
-        answer="answer",
-        answers="answers",
-        places="prompts",
-        documents="prompts",
-        samples="Held-out prompts and every arm's first answer. Anecdotes, not evidence: the numbers above are the "
-        "evidence.",
-        truth="the answer that its row holds",
-        silent="nothing, or an answer that was cut off",
-        unmeasured="Prompts of other kinds than the held-out ones, abilities that the student had before and may have "
-        "lost, safety, other languages, and speed on other machines, batch sizes or serving software.",
-        no_control="What verification added is unknown: this run has no control arm.",
+    "written": _WRITTEN,
+    "unverified": replace(
+        _WRITTEN,
+        no_control="What the teacher's answers are worth is unknown: nothing verifies them, so that there is no "
+        "control arm.",
     ),
     "masked_lm": _MASKED,
     "classification": _TEXTS,
