@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from potstill.engines.pace import Breaker, Flow, Pace
+from potstill.engines.pace import Breaker, Flow, LearnedRate, Pace
 from potstill.errors import TeacherError
 
 
@@ -293,3 +293,18 @@ def test_a_flow_lets_no_more_through_than_its_rate_and_a_second(rate, steps):
         flow.take(amount)
         taken += amount
         assert taken <= max(1.0, rate) + rate * now + 5.0 + 1e-6
+
+
+def test_after_a_refusal_nothing_is_sent_for_as_long_as_some_requests_take():
+    learned = LearnedRate()
+    assert learned.pause_s() == 0.5
+    for number in range(200):
+        learned.accept(number / 100.0)
+    learned.wait_s(0.0)
+    learned.refuse(2.0)
+    learned.wait_s(2.5)
+    assert 0.1 <= learned.pause_s() < 0.2
+    for number in range(4):
+        learned.refuse(2.5 + 30.0 * number)
+        learned.wait_s(30.0 * (number + 1))
+    assert learned.pause_s() < 0.5

@@ -16,9 +16,10 @@ from potstill.errors import TeacherError
 __all__ = ["Breaker", "Pace"]
 
 _FIRST_WINDOW = 8.0
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 60.0
+_SHORTEST_PAUSE_S, _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 0.5, 60.0
 _BURST_S = 1.0
 _FEW = 10
+_GUESS_S = 0.25
 _TICK_S = 0.001  # timers know nothing shorter
 _MOST_IN_A_ROW, _LAST, _MOST_SHARE = 20, 50, 0.5
 
@@ -96,6 +97,10 @@ class LearnedRate:
         """The server has had enough; what it takes is worked out when asking goes on."""
         self._refused_at = now
 
+    def pause_s(self) -> float:
+        """How long to send nothing after a refusal: as long as some requests take, where their rate is known."""
+        return max(_SHORTEST_PAUSE_S, min(_FIRST_PAUSE_S, _FEW / self._peak)) if self._peak else _FIRST_PAUSE_S
+
     def wait_s(self, now: float) -> float:
         """How long until another request may be sent."""
         if self._since < 0.0:
@@ -122,13 +127,15 @@ class LearnedRate:
         self._peak = peak
         moment_s = self._moment_s()
         known_s = min(20.0 * moment_s, 2.0 * self._plateau_s)
-        self._plateau_s = 0.25 if is_guess else known_s if is_known else moment_s
+        self._plateau_s = _GUESS_S if is_guess else known_s if is_known else moment_s
         self._since, self._accepted, self._refused_at = now, 0, None
         self._flow = Flow(self._rate(now), burst_s=0.1, least=2.0)
 
     def _estimate(self, refused_at: float, now: float) -> float:
         """What the server takes, a second."""
         moment_s = self._moment_s()
+        if self._plateau_s == _GUESS_S:  # it rose fast: what was taken a second ago tells too little
+            moment_s *= 0.5
         if self._flow is not None and refused_at - self._since > moment_s:
             lately = sum(when > refused_at - moment_s for when in self._times) / moment_s
             return max(min(lately, 0.98 * self._rate(refused_at)), 0.85 * self._peak)
@@ -163,7 +170,7 @@ class Pace:
         self._learned = LearnedRate()
         self._queue, self._changed = asyncio.Lock(), asyncio.Event()
         self._open, self._turn, self._cut_turn = 0, 0, -1
-        self._resume_at, self._pause_s = 0.0, _FIRST_PAUSE_S
+        self._resume_at, self._pauses = 0.0, 1.0
         self._has_overloaded = self._is_closed = False
 
     @property
@@ -190,7 +197,7 @@ class Pace:
         now = asyncio.get_running_loop().time()
         if load == "ok":
             self._learned.accept(now)
-            self._pause_s = _FIRST_PAUSE_S
+            self._pauses = 1.0
             self._window = min(self._concurrency, self._window + (1.0 / self._window if self._has_overloaded else 1.0))
         elif load in ("limited", "overload"):
             self._slow_down(load, now, turn)
@@ -218,8 +225,9 @@ class Pace:
         self._window = max(1.0, self._window * (0.85 if load == "limited" else 0.5))
         if load == "limited":
             self._learned.refuse(now)
-            self._resume_at = max(self._resume_at, now + self._pause_s)
-            self._pause_s = min(2.0 * self._pause_s, _LONGEST_PAUSE_S)
+            pause_s = min(self._pauses * self._learned.pause_s(), _LONGEST_PAUSE_S)
+            self._resume_at = max(self._resume_at, now + pause_s)
+            self._pauses = min(2.0 * self._pauses, _LONGEST_PAUSE_S / _SHORTEST_PAUSE_S)
 
     async def _admit(self, tokens: int) -> int:
         while not self._is_closed:
