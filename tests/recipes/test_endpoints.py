@@ -12,8 +12,9 @@ from potstill.recipes.endpoints import Labelling, OpenAITeacher
     ("settings", "problem"),
     [
         ({"prompt": "Which of {labels}?"}, "prompt: {text} is not in it"),
-        ({"prompt": "What is {text}?"}, "prompt: {labels} is not in it"),
-        ({"prompt": "{label} {txt}"}, "prompt: {labels} and {text} is not in it"),
+        ({"prompt": "{label} {txt}"}, "prompt: {text} is not in it"),
+        ({"prompt": "What is {text}?", "answers": "probabilities"}, "prompt: {labels} is not in it"),
+        ({"prompt": "{txt}?", "answers": "probabilities"}, "prompt: {labels} and {text} is not in it"),
         ({"answers": "probabilities", "votes": 2}, "answers: probabilities are read from one token of one answer"),
         ({"answers": "probabilities", "max_tokens": 9}, "answers: probabilities are read from one token of one answer"),
         ({"votes": 0}, "votes"),
@@ -29,6 +30,11 @@ def test_what_cannot_be_asked_or_read_is_refused(settings, problem):
 
 def test_other_braces_may_stand_in_a_prompt():
     prompt = '{"label": one of {labels}, "of": {text}} {} {0}'
+    assert Labelling(prompt=prompt).prompt == prompt
+
+
+def test_a_prompt_of_examples_needs_no_list():
+    prompt = "Rome: place\n{text}:"
     assert Labelling(prompt=prompt).prompt == prompt
 
 

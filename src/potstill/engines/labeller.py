@@ -76,7 +76,7 @@ class LabelQuestion:
                   classes, so that a student is unsure of such texts (Hendrycks et al., 2019, arXiv:1812.04606)
     answers       `label`: answers are labels, and of several `votes` the shares are the probabilities;
                   `probabilities`: p(label) = p(its letter) / sum of p(letters), of an answer's first token
-    prompt        with {labels} and {text}; None for a question of our own
+    prompt        with {text}, and with {labels} unless it shows them; None for a question of our own
     max_tokens    longest answer of `label`; None for what the longest label may take
 
     Raises RecipeError where there are more labels than letters.

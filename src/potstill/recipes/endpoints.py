@@ -61,7 +61,8 @@ class Labelling(Part):
     votes: Annotated[Whole, Field(ge=1, le=100)] = 1
     """With `label`: answers to each text; of several, sampled at temperature 1, the shares are the probabilities."""
     prompt: str | None = None
-    """What is asked, with {labels} and {text} where these belong; null for a question of our own."""
+    """What is asked, with {text} where that belongs, and {labels} where they are listed; null for a question of ours. A
+    prompt that shows examples of all labels may do without the list, but not with `probabilities`."""
     max_tokens: Count | None = None
     """With `label`: longest answer, reasoning included; null for what the longest label may take, without reasoning."""
     missing: Fraction = 0.02
@@ -69,7 +70,8 @@ class Labelling(Part):
 
     @model_validator(mode="after")
     def _answers_can_be_read(self) -> Labelling:
-        absent = [name for name in ("{labels}", "{text}") if self.prompt is not None and name not in self.prompt]
+        needed = ("{labels}", "{text}") if self.answers == "probabilities" else ("{text}",)
+        absent = [name for name in needed if self.prompt is not None and name not in self.prompt]
         if absent:
             raise ValueError(f"prompt: {' and '.join(absent)} is not in it; put it where the question needs it")
         if self.answers == "probabilities" and (self.votes > 1 or self.max_tokens is not None):
