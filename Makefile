@@ -9,6 +9,7 @@
 #                                   vllm-cpu-stop ends it, test-vllm tests against it
 #   make bench                      all benchmarks; bench-loss, bench-store: the losses or the store of signals only;
 #                                   bench-intent: encoders and tasks (DATA=data_full.json: a copy of CLINC150)
+#                                   bench-api: teachers behind an API; starts a server
 #   make PYTHON=python3.12 test     choose the interpreter of a new .venv
 
 PYTHON ?=
@@ -20,7 +21,7 @@ DATA ?=
 CLINC150 := $(if $(DATA),--data $(DATA))
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow test-gpu test-vllm vllm-cpu vllm-cpu-stop check bench bench-loss bench-store bench-intent clean setup .venv
+.PHONY: demo test test-slow test-gpu test-vllm vllm-cpu vllm-cpu-stop check bench bench-loss bench-store bench-intent bench-api clean setup .venv
 
 demo: setup $(if $(filter $(RECIPE),$(BEHIND_A_SERVER)),vllm-cpu)
 	$(BIN)/potstill run recipes/$(RECIPE).yaml
@@ -51,7 +52,7 @@ check: setup
 	$(BIN)/lint-imports
 	$(PYTEST) tests/test_house.py tests/test_docs.py
 
-bench: bench-loss bench-store bench-intent
+bench: bench-loss bench-store bench-intent bench-api
 	$(BIN)/python bench/step.py --json runs/bench/step.json
 	$(BIN)/python bench/quickstart.py --json runs/bench/quickstart.json
 
@@ -73,6 +74,16 @@ bench-intent: setup
 	$(BIN)/python bench/intent.py --fewlabel --json runs/bench/fewlabel.json $(CLINC150)
 	$(BIN)/python bench/intent.py --peer --json runs/bench/intent-peer.json $(CLINC150)
 	$(BIN)/python bench/distilbert.py --json runs/bench/distilbert.json
+
+# The first two need a quiet machine, the others a server, and what these have answered is not asked again.
+bench-api: setup
+	mkdir -p runs/bench
+	$(BIN)/python bench/api.py --json runs/bench/api.json
+	$(BIN)/python bench/verify.py --json runs/bench/verify.json
+	@$(MAKE) vllm-cpu
+	$(BIN)/python bench/r1.py --json runs/bench/r1.json
+	$(BIN)/python bench/r1.py --intent --json runs/bench/api-intent.json
+	@$(MAKE) vllm-cpu-stop
 
 setup .venv:
 	@scripts/setup.sh
