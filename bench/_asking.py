@@ -23,7 +23,7 @@ from potstill.engines.author import ApiAuthor
 from potstill.engines.ledger import Budget, Ledger
 from potstill.engines.openai import Endpoint
 from potstill.engines.prices import Price
-from potstill.errors import BudgetError
+from potstill.errors import BudgetError, TeacherError
 from potstill.types import Completion, Request
 
 __all__ = ["MAX_TOKENS", "PRICE", "Questions", "ask", "digest_of", "expected_body"]
@@ -84,7 +84,7 @@ def digest_of(answers: Sequence[Completion | None]) -> str:
 
 
 def ask(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Asks all questions that are missing; seconds, tally, memory, and the data set's digest."""
+    """Asks all questions that are missing; seconds, tally, memory, the data set's digest, and why the run stopped."""
     budget = Budget(arguments.usd, arguments.budget_requests, arguments.tokens)
     memory = Memory((1000, 10_000))
     with Ledger(arguments.ledger) as ledger:
@@ -96,10 +96,14 @@ def ask(arguments: argparse.Namespace) -> dict[str, Any]:
             advance=memory.advance,
         )
         began = time.perf_counter()
+        answers: Sequence[Completion | None] = []
+        stopped = ""
         try:
-            answers: Sequence[Completion | None] = author.ask(Questions(arguments.requests))
+            answers = author.ask(Questions(arguments.requests))
         except BudgetError:
-            answers = []
+            pass
+        except TeacherError as error:
+            stopped = str(error)
         seconds = time.perf_counter() - began
         return {
             "seconds": seconds,
@@ -107,6 +111,7 @@ def ask(arguments: argparse.Namespace) -> dict[str, Any]:
             "memory": memory.resident,
             "digest": digest_of(answers),
             "spent": ledger.spent("bench"),
+            "stopped": stopped,
             "texts": [None if answer is None else answer.text for answer in answers] if arguments.texts else [],
         }
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -111,12 +112,12 @@ def measure_kills(folder: Path, arguments: argparse.Namespace) -> list[Row]:
     with serving("--log", str(log)) as url:
         for mark in marks:
             kill_at(url, mark, [*command_to_ask(url, folder / "ledger", arguments.killed)])
-            before, known = known, committed(folder / "ledger", names)
+            before, known = known, set(committed(folder / "ledger", names))
             lost += len(before - known)
             resent += count_resent(log, names, before)
         said = asking(url, folder / "ledger", arguments.killed)
         resent += count_resent(log, names, known)
-        lost += len(known - committed(folder / "ledger", names))
+        lost += len(known - set(committed(folder / "ledger", names)))
         whole = asking(url, folder / "whole", arguments.killed)
     return [
         Row("api.kill_lost", lost, "answers", n=len(marks)),
@@ -126,8 +127,9 @@ def measure_kills(folder: Path, arguments: argparse.Namespace) -> list[Row]:
 
 
 def measure_faults(folder: Path, arguments: argparse.Namespace) -> list[Row]:
-    """Every fault, met by a fifth of the requests: answers that are wrong or absent without being counted."""
-    silent = retried = aside = 0
+    """Every fault, met by a fifth of the requests: answers that are wrong or absent without being counted or told."""
+    silent = retried = aside = stopped = 0
+    names = {body_key(expected_body(number)): number for number in range(FAULT_REQUESTS)}
     with serving() as url:
         right = asking(url, folder / "right", FAULT_REQUESTS, "--texts")["texts"]
     for fault in FAULTS:
@@ -136,15 +138,18 @@ def measure_faults(folder: Path, arguments: argparse.Namespace) -> list[Row]:
             received = stats(url)["counts"]["received"]
         tally = said["tally"]
         put_aside = sum(tally["quarantined"].values()) + sum(tally["given_up"].values())
-        absent = sum(text is None for text in said["texts"])
-        wrong = sum(text is not None and text != good for text, good in zip(said["texts"], right, strict=True))
-        silent += wrong + abs(absent - put_aside) + abs(received - said["spent"][0])
+        kept = committed(folder / fault, names)
+        wrong = sum(text != right[number] for number, text in kept.items())
+        # A run that was stopped has told why; else what is absent was put aside, and is counted.
+        untold = 0 if said["stopped"] else abs(FAULT_REQUESTS - len(kept) - put_aside)
+        silent, stopped = silent + wrong + untold + abs(received - said["spent"][0]), stopped + bool(said["stopped"])
         retried, aside = retried + sum(tally["retried"].values()), aside + put_aside
     n = len(FAULTS) * FAULT_REQUESTS
     return [
         Row("api.faults_silent", silent, "answers", n=n),
         Row("api.faults_retried", retried, "attempts", n=n),
         Row("api.faults_aside", aside, "requests", n=n),
+        Row("api.faults_that_stop", stopped, "faults", n=len(FAULTS)),
     ]
 
 
@@ -235,11 +240,17 @@ def kill_at(url: str, mark: int, command: Sequence[str]) -> None:
     process.wait()
 
 
-def committed(ledger: Path, names: dict[str, int]) -> set[int]:
-    """Questions whose answers are in the ledger."""
+def committed(ledger: Path, names: dict[str, int]) -> dict[int, str]:
+    """Questions whose answers are in the ledger, with what the answers say."""
     with closing(sqlite3.connect(ledger)) as db:
-        rows = db.execute("SELECT body FROM requests WHERE state = 'answered'").fetchall()
-    return {names[body_key(json.loads(body))] for (body,) in rows}
+        rows = db.execute("SELECT body, raw FROM requests WHERE state = 'answered'").fetchall()
+    return {names[body_key(json.loads(body))]: said_in(raw) for body, raw in rows}
+
+
+def said_in(raw: bytes) -> str:
+    """The text of an answer as the ledger keeps it."""
+    text: str = json.loads(zlib.decompress(raw))["choices"][0]["message"]["content"]
+    return text
 
 
 def count_resent(log: Path, names: dict[str, int], known: set[int]) -> int:
