@@ -52,9 +52,10 @@ check: setup
 	$(BIN)/lint-imports
 	$(PYTEST) tests/test_house.py tests/test_docs.py
 
-bench: bench-loss bench-store bench-intent bench-api
+bench: bench-loss bench-store bench-intent
 	$(BIN)/python bench/step.py --json runs/bench/step.json
 	$(BIN)/python bench/quickstart.py --json runs/bench/quickstart.json
+	@$(MAKE) bench-api
 
 bench-loss: setup
 	mkdir -p runs/bench
@@ -81,9 +82,8 @@ bench-api: setup
 	$(BIN)/python bench/api.py --json runs/bench/api.json
 	$(BIN)/python bench/verify.py --json runs/bench/verify.json
 	@$(MAKE) vllm-cpu
-	$(BIN)/python bench/r1.py --json runs/bench/r1.json
-	$(BIN)/python bench/r1.py --intent --json runs/bench/api-intent.json
-	@$(MAKE) vllm-cpu-stop
+	trap 'scripts/vllm_cpu.sh stop' EXIT; $(BIN)/python bench/r1.py --json runs/bench/r1.json \
+	  && $(BIN)/python bench/r1.py --intent --json runs/bench/api-intent.json
 
 setup .venv:
 	@scripts/setup.sh

@@ -157,3 +157,12 @@ def test_a_label_that_takes_many_tokens_fits_into_its_answer():
     long = "é" * 200
     request = LabelQuestion(("a", long)).request(text("x"))
     assert request.max_tokens > len(json.dumps({"label": long}).encode())
+
+
+def test_a_prompt_that_neither_lists_nor_names_a_label_is_refused():
+    shown = "\n".join(f"an example: {label}" for label in LABELS[:-1]) + "\n{text}:"
+    with pytest.raises(RecipeError, match=rf"teacher\.labelling\.prompt: .*'{LABELS[-1]}' itself"):
+        LabelQuestion(LABELS, prompt=shown)
+    assert LabelQuestion(LABELS, prompt=f"{LABELS[-1]}\n{shown}").options == LABELS
+    with pytest.raises(RecipeError, match="'none of these'"):
+        LabelQuestion(LABELS, out_of_scope="none of these", prompt=f"{LABELS[-1]}\n{shown}")

@@ -17,9 +17,11 @@ from tests.servers.faults import Settings
 from potstill.data.quality import WRITING_SYSTEMS
 from potstill.engines import Ledger
 from potstill.errors import BudgetError, DataError, PotstillError
+from potstill.pipeline import telling
 from potstill.pipeline.run import explain_run, run_recipe, stage_fingerprints
 from potstill.recipes import load_recipe
 from potstill.recipes.cleaning import WritingSystem
+from potstill.report.generation import generation_rows
 
 PROBLEMS = 60
 KEY = "sk-a-secret-that-nobody-may-find"
@@ -270,6 +272,18 @@ def test_answers_cut_off_are_never_learned_and_unknown_is_not_wrong(written):
     facts = facts_of(recipe)
     assert facts["verdicts"]["unknown"] + facts["verdicts"]["wrong"] == 1
     assert facts["unsolved"] == facts["verdicts"]["wrong"]
+
+
+def test_the_chance_of_a_right_answer_is_told_where_it_is_known(written):
+    with serve(Settings(answer=Reckoner(), models=("reckoner",))) as server:
+        recipe = written(server)
+        run_recipe(recipe, until="generate")
+    facts = facts_of(recipe)
+    told = dict(generation_rows(telling._generation(facts)))
+    assert told["a right one among"].startswith(f"1: {facts['pass_at']['1']:.1%}, 2: ")
+    # Paid answers of earlier versions are read on, whose facts have no such thing.
+    before = {name: fact for name, fact in facts.items() if name != "pass_at"}
+    assert "a right one among" not in dict(generation_rows(telling._generation(before)))
 
 
 def test_personal_data_is_masked_in_what_is_learned(written):

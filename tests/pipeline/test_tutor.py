@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from potstill.errors import DataError, RecipeError
-from potstill.pipeline import tutor
+from potstill.pipeline import remarks, tutor
 from potstill.pipeline.run import explain_run, run_recipe
 from potstill.pipeline.rundir import RunDir
 
@@ -128,6 +128,19 @@ def test_a_head_that_alone_learns_takes_its_drawn_pooler_along(taught, make_enco
     start = load_file(make_encoder("masked") / "model.safetensors")
     assert all(trained[name].equal(start[name]) for name in start if name.startswith("bert."))
     assert trained["bert.pooler.dense.bias"].abs().max() > 0  # it is drawn as zeros
+
+
+@pytest.mark.parametrize(("head", "said"), [("body", True), ("masked", False)])
+def test_a_language_head_that_the_model_lacked_is_told(task, make_encoder, brief, head, said):
+    own = {"kind": "finetune", "model": str(make_encoder(head)), "dtype": "fp32", "training": brief(4)}
+    losses = [{"kind": "forward_kl"}, {"kind": "cross_entropy"}]
+    recipe = task("task", task={"kind": "masked_lm"}, teacher=own, losses=losses, training={"steps": 4})
+    run_recipe(recipe, until="initialise")
+    assert facts(recipe)["new_head"] is said
+    told = {stage: facts(recipe, stage) for stage in ("prepare", "finetune", "initialise")}
+    notes = " | ".join(remarks.remarks_on(recipe, told))
+    assert ("has no head for this task: one was fitted first" in notes) is said
+    assert ("all other weights with it" in notes) is said
 
 
 def test_labels_are_required_where_a_teacher_learns_from_them(taught, queries, write_rows):

@@ -87,5 +87,10 @@ def test_adapters_keep_their_own():
     assert {part.p for part in model.modules() if isinstance(part, nn.Dropout)} == {0.25}
 
 
+def test_a_share_of_0_is_a_place_too_however_a_config_writes_it():
+    config = LlamaConfig(**{**LLAMA, "attention_dropout": 0})
+    assert len(find_dropout(LlamaModel(config))) == config.num_hidden_layers
+
+
 def test_a_model_without_dropout_has_no_places():
     assert find_dropout(nn.Sequential(nn.Linear(2, 2), nn.ReLU())) == []

@@ -35,6 +35,7 @@ __all__ = [
     "Job",
     "Stopping",
     "Terms",
+    "ended_by",
     "explain_excess",
     "explain_unserved",
     "job_of",
@@ -147,7 +148,7 @@ def explain_excess(endpoint: Endpoint, budget: Budget, worst: Spend, spent: Spen
     )
 
 
-def _ended_by(error: BadAnswer) -> State:
+def ended_by(error: BadAnswer) -> State:
     """What a request comes to whose last answer is bad: put aside for good, or to be asked again by the next run."""
     return "given_up" if error.reason in FAILED or isinstance(error, Unserved) else "quarantined"
 
@@ -265,7 +266,7 @@ class Asker:
             answer = self.endpoint.parse(reply.raw, job.request)
         except BadAnswer as error:
             is_over = attempt.is_last or error.reason not in _PASSING
-            state: State = _ended_by(error) if is_over else "reserved"
+            state: State = ended_by(error) if is_over else "reserved"
             bad = Outcome(state, spent, error.reason, raw=reply.raw)
             return bad, "stop" if isinstance(error, Unserved) else verdict
         return Outcome("answered", spent, raw=reply.raw, served=answer.model, usage=answer.usage), verdict

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from potstill.engines.answers import Answers
-from potstill.engines.asking import FAILED, KNOWN, Asker, Call, Job, Stopping, Terms, job_of, unread
+from potstill.engines.asking import KNOWN, Asker, Call, Job, Stopping, Terms, ended_by, job_of, unread
 from potstill.engines.batching import BatchAsker
-from potstill.engines.ledger import Ledger, Outcome, Spend, State
+from potstill.engines.ledger import Ledger, Outcome, Spend
 from potstill.engines.openai import BadAnswer, Endpoint
 from potstill.engines.pace import Pace
 from potstill.engines.prices import check_price
@@ -145,7 +145,7 @@ class ApiAuthor:
         try:
             answer = self._endpoint.parse(record.raw, job.request)
         except BadAnswer as error:
-            state: State = "given_up" if error.reason in FAILED else "quarantined"
+            state = ended_by(error)
             # What is to be asked again stays so, unless it can be read now.
             outcome = Outcome(state if record.state in KNOWN else record.state, nothing, error.reason)
         else:

@@ -79,7 +79,7 @@ class LabelQuestion:
     prompt        with {text}, and with {labels} unless it shows them; None for a question of our own
     max_tokens    longest answer of `label`; None for what the longest label may take
 
-    Raises RecipeError where there are more labels than letters.
+    Raises RecipeError where there are more labels than letters, or a prompt neither lists nor names one.
     """
 
     labels: tuple[str, ...]
@@ -96,6 +96,13 @@ class LabelQuestion:
                 f"teacher.labelling.answers: probabilities need a letter for each label, and there are {len(LETTERS)} "
                 f"letters for {len(self.options)} labels. Use `label`, with teacher.labelling.votes: 8 for the shares "
                 "of several answers."
+            )
+        unnamed = [option for option in self.options if option not in (self.prompt or "")]
+        if self.prompt is not None and "{labels}" not in self.prompt and unnamed:
+            raise RecipeError(
+                f"teacher.labelling.prompt: has no {{labels}}, where they are listed, and does not name "
+                f"{', '.join(map(repr, unnamed[:5]))} itself. Put {{labels}} where the list belongs, or show an "
+                "example of every label."
             )
 
     @property

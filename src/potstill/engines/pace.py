@@ -86,6 +86,7 @@ class LearnedRate:
         self._peak, self._plateau_s = 0.0, 1.0
         self._since, self._accepted = -1.0, 0
         self._refused_at: float | None = None
+        self._is_guess = False
         self._times: deque[float] = deque(maxlen=10_000)
 
     def accept(self, now: float) -> None:
@@ -123,18 +124,18 @@ class LearnedRate:
     def _learn(self, refused_at: float, now: float) -> None:
         peak = max(self._LEAST, self._estimate(refused_at, now))
         is_known = 0.9 * self._peak <= peak <= 1.1 * self._peak
-        is_guess = self._flow is None and self._accepted < _FEW
+        self._is_guess = self._flow is None and self._accepted < _FEW
         self._peak = peak
         moment_s = self._moment_s()
         known_s = min(20.0 * moment_s, 2.0 * self._plateau_s)
-        self._plateau_s = _GUESS_S if is_guess else known_s if is_known else moment_s
+        self._plateau_s = _GUESS_S if self._is_guess else known_s if is_known else moment_s
         self._since, self._accepted, self._refused_at = now, 0, None
         self._flow = Flow(self._rate(now), burst_s=0.1, least=2.0)
 
     def _estimate(self, refused_at: float, now: float) -> float:
         """What the server takes, a second."""
         moment_s = self._moment_s()
-        if self._plateau_s == _GUESS_S:  # it rose fast: what was taken a second ago tells too little
+        if self._is_guess:  # it rose fast: what was taken a second ago tells too little
             moment_s *= 0.5
         if self._flow is not None and refused_at - self._since > moment_s:
             lately = sum(when > refused_at - moment_s for when in self._times) / moment_s
@@ -170,6 +171,7 @@ class Pace:
         self._learned = LearnedRate()
         self._queue, self._changed = asyncio.Lock(), asyncio.Event()
         self._open, self._turn, self._cut_turn = 0, 0, -1
+        # Every refusal in a row doubles the pause: it is so many times as long as the first.
         self._resume_at, self._pauses = 0.0, 1.0
         self._has_overloaded = self._is_closed = False
 

@@ -21,7 +21,7 @@ from potstill.recipes.losses import (
     VocabularyTerm,
 )
 from potstill.recipes.schema import FinetuneTeacher, MixtureTeacher, RecordedTeacher, StoredSignals, TextTask
-from potstill.recipes.tasks import Classification
+from potstill.recipes.tasks import Classification, MaskedLM
 
 __all__ = ["describe_term", "remarks_on"]
 
@@ -125,6 +125,11 @@ def _on_finetuning(recipe: Recipe, facts: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
     length = f" in {facts['steps']:,} steps" if "steps" in facts else ""
     notes = []
+    if recipe.teacher.learns == "all" and facts.get("new_head") and isinstance(recipe.task, MaskedLM):
+        notes.append(
+            f"{recipe.teacher.model} has no head for this task: one was fitted first{length}, on hard labels, and all "
+            "other weights with it; the teacher is only as good as that training"
+        )
     if recipe.teacher.learns == "head":
         notes.append(
             f"{recipe.teacher.model} has no head for this task: one was fitted first{length}, on hard labels, its body "

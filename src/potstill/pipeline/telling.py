@@ -216,7 +216,7 @@ def _generation(facts: Mapping[str, Any]) -> GenerationFacts:
         effective=(size["clusters"], size["prompts"]),
         verdicts=facts["verdicts"] if any(facts["verdicts"].values()) else {},
         difficulty=tuple(facts["difficulty"]),
-        pass_at={int(k): share for k, share in facts["pass_at"].items()},
+        pass_at={int(k): share for k, share in facts.get("pass_at", {}).items()},
         unsolved=facts["unsolved"],
         leaks=facts["leaks"],
         reasoning=facts["reasoning"],

@@ -100,7 +100,8 @@ def _train(recipe: Recipe, stage: Stage, prepared: Path, kept: Path, *, stopping
         save_student(model, tokenizer, stage.folder / TEACHER)
         return [TEACHER]
 
-    facts = {"model": spec.model, "learns": spec.learns, "rows": len(rows), **rows.facts}
+    new_head = type(model).__name__ not in (model.config.architectures or ())
+    facts = {"model": spec.model, "learns": spec.learns, "new_head": new_head, "rows": len(rows), **rows.facts}
     take(
         course,
         settings,

@@ -46,7 +46,9 @@ def writing_rows(recipe: Recipe, found: Inspection) -> Iterator[Row]:
     steps = recipe.training
     length = f"{steps.epochs:g} epochs" if steps.epochs else f"{build.count_steps(recipe, 0):,} steps"
     yield "training", f"{length} of {steps.batch_rows} rows of {recipe.data.sequence_length} tokens", "recipe"
-    arms = "student, and control on unverified answers" if recipe.has_control else "student (nothing is verified)"
+    unverified = recipe.generate is not None and recipe.generate.verify is None
+    alone = "student (nothing is verified)" if unverified else "student (control.enabled: false)"
+    arms = "student, and control on unverified answers" if recipe.has_control else alone
     yield "arms", arms, "recipe"
 
 

@@ -130,7 +130,7 @@ class Training(Part):
     """bf16: autocast over fp32 master weights. fp32: everything in fp32."""
     dropout: Fraction | None = None
     """Share that layers and attention drop at random while they learn; null: what the model's config says (encoders
-    mostly 0.1). Who learns from a teacher's answers in few steps is mostly better off with 0, and faster."""
+    mostly 0.1). A student that copies vectors learned more with 0, and faster."""
     freeze_embeddings: bool = False
     """Leave the token embeddings (and a head that is tied to them) as they begin: of a short batch's step they take
     a large part."""

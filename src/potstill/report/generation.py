@@ -85,13 +85,11 @@ def _verified(facts: GenerationFacts) -> list[tuple[str, str]]:
         return [("verified", "nobody verified the answers")]
     spread = ", ".join(f"{count:,}" for count in facts.difficulty)
     unsolved = f"{facts.unsolved:,} prompts; generate/unsolved.json names them" if facts.unsolved else "none"
+    chances = ", ".join(f"{k}: {share:.1%}" for k, share in facts.pass_at.items())
     return [
         ("verified", _counts(facts.verdicts)),
         ("prompts by share right", f"{spread} (from 0 to 100 % in {len(facts.difficulty)} equal steps)"),
-        (
-            "a right one among",
-            ", ".join(f"{k}: {share:.1%}" for k, share in facts.pass_at.items()) or "none was judged",
-        ),
+        *([("a right one among", chances)] if chances else []),
         ("never solved", unsolved),
     ]
 
