@@ -27,7 +27,6 @@ from potstill.types import Request
 
 __all__ = [
     "BUSY_S",
-    "FAILED",
     "KNOWN",
     "Asker",
     "Attempt",
@@ -46,7 +45,7 @@ KNOWN = ("answered", "quarantined")
 """States of requests that are never sent again."""
 _PASSING = frozenset({"not_json", "not_utf8", "no_choices", "server_error", "empty", "unfinished"})
 """What is wrong with answers that may come out right when they are asked again; all else would be paid again."""
-FAILED = frozenset({"server_error", "unfinished"})
+_FAILED = frozenset({"server_error", "unfinished"})
 """Of these: what a server says of itself. There is no answer that could be read another time."""
 _LOOK_S = 0.05
 """How often it is looked whether somebody asked to stop."""
@@ -150,7 +149,7 @@ def explain_excess(endpoint: Endpoint, budget: Budget, worst: Spend, spent: Spen
 
 def ended_by(error: BadAnswer) -> State:
     """What a request comes to whose last answer is bad: put aside for good, or to be asked again by the next run."""
-    return "given_up" if error.reason in FAILED or isinstance(error, Unserved) else "quarantined"
+    return "given_up" if error.reason in _FAILED or isinstance(error, Unserved) else "quarantined"
 
 
 class Asker:

@@ -43,10 +43,8 @@ def _language_tiles(story: Story) -> list[Tile]:
 
 
 def _written_tiles(story: Story) -> list[Tile]:
-    untrained = find(story, "untrained", "pass_at_1")
-    before = f"untrained: {format_measurement(untrained)}" if untrained else ""
     return [
-        _tile(story, "pass@1", "pass_at_1", before),
+        _tile(story, "pass@1", "pass_at_1", _untrained(story, "pass_at_1")),
         _tile(story, "Gain from training", "pass_gain_over_untrained", "pass@1, over the untrained student"),
         _gain_tile(story, "pass", "pass@1", "Gain from verification"),
         _tile(story, "Of the teacher's pass@1", "retention", _teachers(story, "pass_at_1")),
@@ -56,10 +54,8 @@ def _written_tiles(story: Story) -> list[Tile]:
 
 
 def _unverified_tiles(story: Story) -> list[Tile]:
-    untrained = find(story, "untrained", "nll")
-    before = f"untrained: {format_measurement(untrained)}" if untrained else ""
     return [
-        _tile(story, "NLL of the teacher's answers", "nll", before),
+        _tile(story, "NLL of the teacher's answers", "nll", _untrained(story, "nll")),
         _tile(story, "Gain from training", "nll_gain_over_untrained", "NLL, over the untrained student"),
         _tile(story, "Parameters", "parameters", _share_of_teacher(story)),
         _tile(story, "Size on disk", "folder_bytes", ""),
@@ -130,6 +126,11 @@ def _gain_tile(story: Story, name: str, words: str, label: str = "Gain from dist
     if not story.has_control:
         return Tile(label, None, "unknown: this run has no control arm")
     return _tile(story, label, f"{name}_gain_over_control", f"{words}, over the control arm")
+
+
+def _untrained(story: Story, name: str) -> str:
+    measured = find(story, "untrained", name)
+    return f"untrained: {format_measurement(measured)}" if measured else ""
 
 
 def _ratio(story: Story, name: str) -> float | None:
