@@ -59,7 +59,7 @@ def _unverified_tiles(story: Story) -> list[Tile]:
         _tile(story, "Gain from training", "nll_gain_over_untrained", "NLL, over the untrained student"),
         _tile(story, "Parameters", "parameters", _share_of_teacher(story)),
         _tile(story, "Size on disk", "folder_bytes", ""),
-        _tile(story, "Prefill speed", "prefill_tokens_per_s", "on the machine named below"),
+        _tile(story, "Peak memory", "peak_memory_bytes", "on the machine named below"),
         _tile(story, "Decode speed", "decode_tokens_per_s", "on the machine named below"),
     ]
 
